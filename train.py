@@ -1,0 +1,660 @@
+"""Trains many runs as one stack; one run is a stack of one.
+
+    configuration -> param.param_groups -> a learning rate per replica and tensor -> W <- W - lr * gradient -> one row
+
+A sweep is hundreds of small runs that differ in little but learning rate and seed. Runs of the same shape, data and
+loss train here as one stacked model: weights (R, fan_out, fan_in), batches (R, B, ...), one batched product per layer.
+Every replica keeps its own seed and learning rates, and ends with the row it would have alone: torch.optim on
+`param.param_groups`, to rounding. A replica whose loss is no longer finite is recorded and leaves the stack.
+
+    R replicas   B batch size   D input dimension   C classes   χ = dloss/dlogits
+    Losses are means over samples. ce: cross-entropy. mse: (logits - one-hot)², mean over classes, raw logits (torch's
+    nn.MSELoss). brier: the same on softmax probabilities.
+
+    python train.py --width 512 --lr 0.1                # one run: progress on standard error, its row on standard output
+    rows = train([{"width": 512, "lr": lr} for lr in (0.1, 0.2)])
+
+Departures from the paper: batches are drawn with replacement. Out of scope: convolutions, data augmentation.
+"""
+import os
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")        # before torch loads MKL: same bits whatever the stack's size
+
+import argparse
+import copy
+import functools
+import gzip
+import hashlib
+import io
+import json
+import math
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.request
+import zlib
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call, vmap
+
+import models
+import param
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Configuration: every scientific setting of a run, with its one default
+
+Kind = namedtuple("Kind", "type holds words")
+COUNT = Kind(int, lambda v: v >= 1, "a whole number, at least 1")
+WHOLE = Kind(int, lambda v: v >= 0, "a whole number, at least 0")
+POSITIVE = Kind(float, lambda v: 0 < v < math.inf, "a positive number")
+NONNEGATIVE = Kind(float, lambda v: 0 <= v < math.inf, "a number, at least 0")
+FRACTION = Kind(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
+NUMBER = Kind(float, math.isfinite, "a finite number")
+TEXT = Kind(str, bool, "a name")
+FLAG = Kind(bool, lambda v: True, "true or false")
+
+
+def one_of(*names):
+    return Kind(str, lambda v: v in names, "one of " + ", ".join(names))
+
+
+DATASETS = {"multi_index": (100, 2), "mnist": (784, 10), "fashion_mnist": (784, 10), "cifar10": (3072, 10)}    # (D, C)
+
+SETTINGS = {    # name: (default, kind, help)
+    "model":         ("mlp", one_of("mlp"), "network"),
+    "width":         (256, COUNT, "hidden units"),
+    "base_width":    (256, COUNT, "width at which all parameterizations coincide"),
+    "hidden_layers": (3, COUNT, "hidden activations; 7 is the paper's 8-layer MLP"),
+    "activation":    ("relu", one_of(*models.ACTIVATIONS), "nonlinearity"),
+    "bias":          (False, FLAG, "biases, initially zero"),
+    "trainable":     ("all", one_of(*param.TRAINABLE), "readout: random features"),
+    "data":          ("multi_index", one_of(*DATASETS), "data set"),
+    "train_size":    (20_000, COUNT, "multi_index: training samples"),
+    "val_size":      (2_000, COUNT, "validation samples (of a file's test split, the first so many)"),
+    "data_seed":     (0, WHOLE, "multi_index: seed of the samples"),
+    "loss":          ("ce", one_of(*param.BOUNDED_DERIVATIVE), "loss"),
+    "param":         ("sp", one_of(*param.PARAMETERIZATIONS), "parameterization"),
+    "alpha":         (0.0, NUMBER, "exponent: every LR times (width / base width)^-alpha"),
+    "readout_scale": (1.0, NONNEGATIVE, "factor on the readout's initial standard deviation, at every width"),
+    "optimizer":     ("sgd", one_of(*param.OPTIMIZERS), "optimizer (adam: AdamW)"),
+    "lr":            (0.1, POSITIVE, "learning rate at the base width"),
+    "momentum":      (0.0, FRACTION, "SGD momentum"),
+    "beta1":         (0.9, FRACTION, "Adam: decay of the first moment"),
+    "beta2":         (0.95, FRACTION, "Adam: decay of the second moment"),
+    "eps":           (1e-8, POSITIVE, "Adam: ε at the base width"),
+    "weight_decay":  (0.0, NONNEGATIVE, "decoupled; lr * weight decay per step does not change with width"),
+    "clip":          (0.0, NONNEGATIVE, "largest gradient norm over all tensors; 0 is no clipping"),
+    "steps":         (200, COUNT, "optimizer steps"),
+    "batch_size":    (64, COUNT, "samples a step"),
+    "warmup":        (0, WHOLE, "steps of linear warmup"),
+    "decay":         ("none", one_of("none", "cosine"), "cosine: to a tenth of the LR at the last step"),
+    "seed":          (0, WHOLE, "seed of initialization and data order"),
+    "dtype":         ("float32", one_of("float32", "float64", "bfloat16"), "bfloat16: float32 weights under autocast"),
+}
+# What may differ within one stack; everything else is shape, data, loss or schedule.
+PER_REPLICA = ("lr", "seed", "param", "alpha", "weight_decay", "eps", "trainable", "readout_scale")
+
+
+def configure(run):
+    """The full configuration of a run: defaults filled in. ValueError names a bad value, what is allowed, and where."""
+    unknown = [name for name in run if name not in SETTINGS]
+    if unknown:
+        raise ValueError(f"unknown setting {unknown[0]!r}; choose from {', '.join(SETTINGS)}")
+    config = {}
+    for name, (default, kind, _) in SETTINGS.items():
+        value = run.get(name, default)
+        number = kind.type in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
+        value = float(value) if number and kind.type is float else value
+        if not (isinstance(value, kind.type) and (kind.type is not int or number) and kind.holds(value)):
+            raise ValueError(f"{name} is {value!r}; it must be {kind.words}")
+        config[name] = value
+    if config["warmup"] > config["steps"]:
+        raise ValueError(f"warmup is {config['warmup']}, longer than the run; it must be at most steps = {config['steps']}")
+    return config
+
+
+def run_id(config):
+    """Identity of a run: a hash of its full configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Data
+
+Splits = namedtuple("Splits", "x y x_val y_val classes")        # x (N, D) float, y (N,) int64, all on one device
+
+_IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+_CIFAR = tuple(f"data_batch_{i}.bin" for i in range(1, 6)) + ("test_batch.bin",)
+# data set: (files needed, plain or .gz; mirror; {file to download: MD5}; folders a package manager may have filled)
+_FILES = {
+    "mnist": (_IDX, "https://ossci-datasets.s3.amazonaws.com/mnist/", dict(zip((f"{name}.gz" for name in _IDX), (
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"))), ()),
+    "fashion_mnist": (_IDX, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+                      dict(zip((f"{name}.gz" for name in _IDX), (
+                          "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
+                          "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"))),
+                      ("/usr/share/datasets/fashion-mnist",)),
+    "cifar10": (_CIFAR, "https://www.cs.toronto.edu/~kriz/",
+                {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}, ()),
+}
+
+
+def multi_index(size, generator):
+    """x ~ N(0, I_100), y = [relu(x1) + relu(x2) > relu(x3) + relu(x4)]: two balanced classes."""
+    x = torch.randn(size, 100, generator=generator)
+    z = torch.relu(x[:, :4])
+    return x, (z[:, 0] + z[:, 1] > z[:, 2] + z[:, 3]).long()
+
+
+def _locate(name, root):
+    """The folder that holds the files of a data set, downloading them into the first candidate if none does."""
+    needed, mirror, downloads, packaged = _FILES[name]
+    homes = [Path(root)] if root else [Path(os.environ["DATA_DIR"])] if os.environ.get("DATA_DIR") else [Path("data")]
+    folders = [folder for home in homes for folder in (home / name, home, home / "cifar-10-batches-bin")]
+    folders += [Path(folder) for folder in packaged if not root]
+    for folder in folders:
+        if all((folder / file).exists() or (folder / f"{file}.gz").exists() for file in needed):
+            return folder
+    try:
+        for file, md5 in downloads.items():
+            _download(mirror + file, folders[0], md5)
+    except OSError as error:
+        package = ", or install Debian's package dataset-fashion-mnist" if packaged else ""
+        raise ValueError(f"{name} is not here and could not be downloaded ({error}); put {', '.join(needed)} "
+                         f"(plain or .gz) into {folders[0]}, or name their folder with --data-dir{package}") from None
+    return folders[0]
+
+
+def _download(url, folder, md5):
+    """Fetches url into folder once its MD5 is right. Of an archive only the files known by name are kept, by name."""
+    with urllib.request.urlopen(url, timeout=30) as response:
+        content = response.read()
+    if hashlib.md5(content).hexdigest() != md5:
+        raise OSError(f"{url} has MD5 {hashlib.md5(content).hexdigest()} instead of {md5}")
+    files = {url.rpartition("/")[2]: content}
+    if url.endswith(".tar.gz"):
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            files = {Path(member.name).name: archive.extractfile(member).read()
+                     for member in archive if member.isfile() and Path(member.name).name in _CIFAR}
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, data in files.items():
+        partial = folder / f"{file}.part"
+        partial.write_bytes(data)
+        partial.replace(folder / file)
+
+
+def _read(folder, file):
+    path = folder / file
+    if path.exists():
+        return path.read_bytes(), path
+    path = folder / f"{file}.gz"
+    try:
+        return gzip.decompress(path.read_bytes()), path
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to download it again") from None
+
+
+def _read_idx(folder, file):
+    """An IDX file as a uint8 array: big-endian 0x08, the number of dimensions, their sizes, then the bytes."""
+    content, path = _read(folder, file)
+    magic = 0x803 if "images" in file else 0x801
+    header = np.frombuffer(content[:4 * (1 + magic % 256)], ">u4")
+    if len(content) < 4 * (1 + magic % 256) or header[0] != magic:
+        raise ValueError(f"{path} does not begin with the IDX magic {magic:#x}; it is no {file} file")
+    if len(content) != header.nbytes + math.prod(header[1:].tolist()):
+        raise ValueError(f"{path} holds {len(content)} bytes where its header says "
+                         f"{header.nbytes + math.prod(header[1:].tolist())}; delete it to download it again")
+    return np.frombuffer(content, np.uint8, offset=header.nbytes).reshape(header[1:].tolist())
+
+
+def _read_cifar(folder, files):
+    """CIFAR-10 binary records: one label byte, then 3 x 32 x 32 bytes of colour planes."""
+    records = []
+    for file in files:
+        content, path = _read(folder, file)
+        if len(content) == 0 or len(content) % 3073:
+            raise ValueError(f"{path} holds {len(content)} bytes, no multiple of 3073; delete it to download it again")
+        records.append(np.frombuffer(content, np.uint8).reshape(-1, 3073))
+    records = np.concatenate(records)
+    return records[:, 1:], records[:, 0]
+
+
+def _read_images(name, root):
+    """[(images (N, D), labels (N,)) for the training and the test split], uint8."""
+    folder = _locate(name, root)
+    if name == "cifar10":
+        splits = [_read_cifar(folder, _CIFAR[:5]), _read_cifar(folder, _CIFAR[5:])]
+    else:
+        splits = [(_read_idx(folder, _IDX[i]), _read_idx(folder, _IDX[i + 1])) for i in (0, 2)]
+    for images, labels in splits:
+        if len(images) != len(labels) or len(labels) == 0:
+            raise ValueError(f"{folder} holds {len(images)} images but {len(labels)} labels")
+        if images[0].size != DATASETS[name][0] or labels.max() >= DATASETS[name][1]:
+            raise ValueError(f"{folder} holds images of {images[0].size} values and labels up to {labels.max()}; {name} has "
+                             f"{DATASETS[name][0]} values and classes 0 to {DATASETS[name][1] - 1}")
+    return [(images.reshape(len(images), -1), labels) for images, labels in splits]
+
+
+def load_data(name, root=None, device="cpu", dtype=torch.float32, train_size=20_000, val_size=2_000, data_seed=0):
+    """Splits(x (N, D), y (N,), x_val, y_val, classes) on the device.
+
+    multi_index is generated: train_size and val_size samples from data_seed. mnist, fashion_mnist and cifar10 are read
+    from their standard files (IDX or CIFAR-10 binary, plain or .gz) in root, else $DATA_DIR, else ./data, each with or
+    without a folder of the data set's name, else where Debian's dataset-fashion-mnist puts them; absent files are
+    downloaded and their MD5 checked. Pixels are shifted and scaled to the training split's mean 0 and variance 1; of
+    the test split the first val_size samples are used.
+
+    ValueError: unknown name, damaged files (with the path), or absent files that cannot be downloaded (with the remedy).
+    """
+    if name == "multi_index":
+        generator = torch.Generator().manual_seed(data_seed)
+        (x, y), (x_val, y_val), classes = multi_index(train_size, generator), multi_index(val_size, generator), 2
+    elif name in _FILES:
+        (x, y), (x_val, y_val) = ([torch.from_numpy(np.array(part)) for part in split] for split in _read_images(name, root))
+        x, y, x_val, y_val, classes = x.float(), y.long(), x_val[:val_size].float(), y_val[:val_size].long(), 10
+        mean, std = x.mean(), x.std()
+        x, x_val = x.sub_(mean).div_(std), x_val.sub_(mean).div_(std)
+    else:
+        raise ValueError(f"unknown data {name!r}; choose from {', '.join(DATASETS)}")
+    return Splits(x.to(device, dtype), y.to(device), x_val.to(device, dtype), y_val.to(device), classes)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Losses: logits (..., C), targets (...) -> loss per sample (...)
+
+def ce(logits, targets):
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def mse(logits, targets):
+    return (logits - F.one_hot(targets, logits.shape[-1])).square().mean(-1)
+
+
+def brier(logits, targets):
+    return mse(logits.softmax(-1), targets)
+
+
+LOSSES = {"ce": ce, "mse": mse, "brier": brier}
+
+
+def chance_loss(loss, targets, classes):
+    """Loss of the best constant predictor: the class frequencies p. ce: their entropy; mse, brier: mean of p (1 - p)."""
+    p = torch.bincount(targets, minlength=classes).double() / len(targets)
+    return (-(p * p.clamp_min(1e-300).log()).sum() if loss == "ce" else (p * (1 - p)).mean()).item()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The stack: {"weights": [(R, *shape)], "lr": [(R, 1, ...)], ...}, one entry per tensor in the model's order
+
+def build(config):
+    """The model, its base and the roles of its tensors; both on the meta device: only shapes matter here."""
+    def mlp(width):
+        d_in, classes = DATASETS[config["data"]]
+        return models.MLP(d_in, width, config["hidden_layers"], classes, config["activation"], config["bias"])
+    with torch.device("meta"):
+        model, base = mlp(config["width"]), mlp(config["base_width"])
+        return model, base, param.infer_roles(mlp(2 * config["base_width"]), base)     # known at the base width too
+
+
+def replica_groups(run, model, base, roles):
+    """param.param_groups of one run: what torch.optim would be given."""
+    frozen = {role: 0.0 for role in param.ROLES if role not in param.TRAINABLE[run["trainable"]]}
+    return param.param_groups(model, base, run["param"], run["optimizer"], run["lr"], run["alpha"],
+                              run["weight_decay"], run["eps"], role_lr=frozen, overrides=roles)
+
+
+def replica_init(run, model, base, roles, dtype):
+    """The initial weights of one run, [shape] in the model's order, on the CPU, from the run's seed alone."""
+    fresh = copy.deepcopy(model).to(dtype).to_empty(device="cpu")
+    readout = {"output": run["readout_scale"] * math.sqrt(2 / run["base_width"])}
+    param.init_(fresh, base, run["param"], torch.Generator().manual_seed(run["seed"]), std=readout, overrides=roles)
+    return [weights.detach() for weights in fresh.parameters()]
+
+
+def stack_runs(runs, model, base, roles, device, dtype):
+    """The stack of R runs: initial weights, and each replica's LR, weight decay and ε per tensor, as in param_groups."""
+    names = [name for name, _ in model.named_parameters()]
+    stack = {"weights": [torch.empty(len(runs), *p.shape, dtype=dtype, device=device) for p in model.parameters()]}
+    drawn = {}      # replicas with the same initial weights are drawn once
+    for r, run in enumerate(runs):
+        key = run["seed"], run["param"], run["readout_scale"]
+        source = [weights[drawn[key]] for weights in stack["weights"]] if key in drawn else replica_init(run, model, base, roles, dtype)
+        for weights, initial in zip(stack["weights"], source):
+            weights[r].copy_(initial)
+        drawn.setdefault(key, r)
+    of_run = [{name: group for group in replica_groups(run, model, base, roles) for name in group["names"]} for run in runs]
+    for key in ("lr", "weight_decay", "eps"):
+        stack[key] = [torch.tensor([groups[name][key] for groups in of_run], dtype=dtype, device=device)
+                      .view(-1, *[1] * (weights.ndim - 1)) for name, weights in zip(names, stack["weights"])]
+    moments = {"sgd": ["first"] if runs[0]["momentum"] else [], "adam": ["first", "second"]}[runs[0]["optimizer"]]
+    for moment in moments:
+        stack[moment] = [torch.zeros_like(weights) for weights in stack["weights"]]
+    return stack
+
+
+def loss_and_derivative(loss, logits, y):
+    """Loss per sample (R, B) and χ = d(sum over replicas of the mean loss)/dlogits (R, B, C)."""
+    with torch.enable_grad():
+        logits = logits.detach().requires_grad_()
+        per_sample = LOSSES[loss](logits, y)
+        chi, = torch.autograd.grad(per_sample.mean(-1).sum(), logits)
+    return per_sample.detach(), chi
+
+
+def stacked_forward(model, names, weights, x):
+    """Any model: logits (R, B, C) of x (R, B, ...)."""
+    if len(weights[0]) == 1:        # no vmap for a single run
+        return functional_call(model, {name: w[0] for name, w in zip(names, weights)}, (x[0],))[None]
+    return vmap(lambda weights, x: functional_call(model, dict(zip(names, weights)), (x,)))(tuple(weights), x)
+
+
+def gradients(model, names, weights, x, y, loss):
+    """Any model: gradients [(R, *shape)], loss per sample (R, B), logits (R, B, C)."""
+    with torch.enable_grad():
+        leaves = [w.detach().requires_grad_() for w in weights]
+        logits = stacked_forward(model, names, leaves, x)
+        per_sample, chi = loss_and_derivative(loss, logits, y)      # replicas meet nowhere: one backward serves all
+        grads = torch.autograd.grad(logits, leaves, chi)
+    return grads, per_sample, logits.detach()
+
+
+def mlp_forward(weights, x, relu):
+    """Bias-free MLP: [x, hidden activations ..., logits], each (R, B, width of the layer)."""
+    outputs = [x]
+    for w in weights:
+        outputs.append(torch.bmm(outputs[-1], w.mT))
+        if relu and w is not weights[-1]:
+            outputs[-1].relu_()
+    return outputs
+
+
+def mlp_gradients(weights, x, y, loss, relu, lr=None):
+    """Bias-free MLP, the textbook backward pass: gradients [(R, *shape)], loss per sample (R, B), logits (R, B, C).
+
+    With lr [(R, 1, 1)] the gradients are not stored: W <- W - lr δᵀh in the product itself, and None is returned.
+    """
+    *inputs, logits = mlp_forward(weights, x, relu)
+    per_sample, delta = loss_and_derivative(loss, logits, y)        # δ = dloss/d(W h)
+    grads = [None] * len(weights)
+    for l in reversed(range(len(weights))):
+        below = torch.bmm(delta, weights[l]) if l > 0 else None     # with W before its update
+        if lr is None:
+            grads[l] = torch.bmm(delta.mT, inputs[l])
+        else:
+            weights[l].baddbmm_(delta.mul_(-lr[l]).mT, inputs[l])
+        if relu and l > 0:
+            below = torch.ops.aten.threshold_backward(below, inputs[l], 0)
+        delta = below
+    return (grads if lr is None else None), per_sample, logits
+
+
+def clip_(grads, largest):
+    """Scales each replica's gradients to a joint norm of at most `largest`, as torch.nn.utils.clip_grad_norm_."""
+    norm = sum(g.flatten(1).square().sum(1) for g in grads).sqrt()      # (R,)
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    for g in grads:
+        g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
+
+
+def update_(stack, grads, config, factor, step):
+    """One step of torch.optim.SGD or AdamW on every replica; factor is the schedule's, step counts from zero."""
+    for i, (w, g) in enumerate(zip(stack["weights"], grads)):
+        lr, decay = factor * stack["lr"][i], stack["weight_decay"][i]
+        if config["optimizer"] == "sgd":
+            g = g + decay * w if config["weight_decay"] else g
+            g = stack["first"][i].mul_(config["momentum"]).add_(g) if config["momentum"] else g
+            w.sub_(lr * g)
+        else:
+            m, v = stack["first"][i], stack["second"][i]
+            m.lerp_(g, 1 - config["beta1"])
+            v.mul_(config["beta2"]).addcmul_(g, g, value=1 - config["beta2"])
+            scale = (v / (1 - config["beta2"] ** (step + 1))).sqrt_().add_(stack["eps"][i])
+            if config["weight_decay"]:
+                w.mul_(1 - lr * decay)
+            w.sub_(scale.reciprocal_().mul_(m).mul_(lr / (1 - config["beta1"] ** (step + 1))))
+
+
+def schedule(step, config):
+    """Factor on every base LR at a step counted from zero: linear warmup, then constant or cosine to a tenth."""
+    if step < config["warmup"]:
+        return (step + 1) / config["warmup"]
+    if config["decay"] == "none":
+        return 1.0
+    progress = (step - config["warmup"]) / max(1, config["steps"] - config["warmup"] - 1)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def replica_size(config):
+    """(parameters, bytes of memory) of one replica: weights, optimizer state, gradients, activations and batches."""
+    model, _, _ = build(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    copies = {"sgd": 3 if config["momentum"] or config["weight_decay"] or config["clip"] else 1, "adam": 6}[config["optimizer"]]
+    floats = copies * parameters + config["batch_size"] * 3 * sum(sum(p.shape) for p in model.parameters())
+    return parameters, floats * (8 if config["dtype"] == "float64" else 4)
+
+
+def stacks(runs, device="cpu", size="auto"):
+    """Groups configurations into lists that `train` can take, each of at most `size` runs.
+
+    auto: on the CPU as many replicas as keep the weights near the cache (4M in all, at most 64); on CUDA as many as fit
+    into half of the free memory (at most 256). One at least.
+    """
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run[name] for name in SETTINGS if name not in PER_REPLICA), []).append(run)
+    for group in groups.values():
+        parameters, memory = replica_size(group[0])
+        if size != "auto":
+            limit = size
+        elif torch.device(device).type == "cuda":
+            limit = min(256, torch.cuda.mem_get_info(device)[0] // 2 // memory)
+        else:
+            limit = min(64, 2 ** 22 // parameters)
+        parts = math.ceil(len(group) / max(1, limit))
+        bounds = [len(group) * i // parts for i in range(parts + 1)]       # parts of equal size, to one run
+        yield from (group[a:b] for a, b in zip(bounds, bounds[1:]))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Training
+
+def data_order(seeds, size, config, device):
+    """Sample indices (seeds, steps, B), drawn from each seed alone: every width and LR sees the same batches."""
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed + 1)     # apart from the initialization's
+        return torch.randint(size, (config["steps"], config["batch_size"]), generator=generator)
+    return torch.stack([draw(seed) for seed in seeds]).to(device)
+
+
+def train(runs, splits=None, device="cpu", data_dir=None, progress=None):
+    """Trains runs as one stack and returns one row (dict) per run, in their order.
+
+    runs: dicts of SETTINGS, missing ones at their defaults; within a stack only PER_REPLICA may differ. splits as from
+    load_data, loaded if absent. progress(step, replicas still training) is called now and then. A row holds the
+    configuration, its id, results (final_train_loss and train_accuracy over the last tenth of the steps, val_loss,
+    val_accuracy, logit_rms on the validation samples, chance_loss, diverged_at) and provenance. A run that diverged has
+    diverged_at = the first step, from zero, whose loss is not finite (steps, if only the last update blew up), and null
+    results. ValueError on bad settings, or runs that cannot share a stack.
+    """
+    start = time.perf_counter()
+    runs = [configure(run) for run in runs]
+    config = dict(runs[0], weight_decay=max(run["weight_decay"] for run in runs))
+    for name in config:
+        if name not in PER_REPLICA and any(run[name] != config[name] for run in runs):
+            raise ValueError(f"runs of one stack must share {name}; only {', '.join(PER_REPLICA)} may differ")
+    dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
+    if splits is None:
+        splits = load_data(config["data"], data_dir, device, dtype, config["train_size"], config["val_size"], config["data_seed"])
+    model, base, roles = build(config)
+    names = [name for name, _ in model.named_parameters()]
+    by_hand = config["model"] == "mlp" and not config["bias"] and config["dtype"] != "bfloat16"
+    fused = by_hand and config["optimizer"] == "sgd" and not (config["momentum"] or config["weight_decay"] or config["clip"])
+    relu = config["activation"] == "relu"
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config["dtype"] == "bfloat16")
+
+    def forward(weights, x):
+        return mlp_forward(weights, x, relu)[-1] if by_hand else stacked_forward(model, names, weights, x)
+
+    stack = stack_runs(runs, model, base, roles, device, dtype)
+    seeds = sorted({run["seed"] for run in runs})
+    order = data_order(seeds, len(splits.x), config, device)                            # (seeds, steps, B)
+    order_of = torch.tensor([seeds.index(run["seed"]) for run in runs], device=device)
+    alive = torch.arange(len(runs), device=device)                                      # replicas still training
+    losses = torch.full((config["steps"], len(runs)), math.nan, dtype=dtype, device=device)
+    hits = torch.zeros_like(losses)
+    diverged_at = [None] * len(runs)
+    check_every = 5 if torch.device(device).type == "cpu" else 25       # a check waits for the device
+    checked = 0
+
+    with torch.no_grad(), autocast:
+        for step in range(config["steps"]):
+            index = order[order_of, step]                                               # (R, B)
+            x, y, factor = splits.x[index], splits.y[index], schedule(step, config)
+            if by_hand:
+                lr = [factor * lr for lr in stack["lr"]] if fused else None
+                grads, per_sample, logits = mlp_gradients(stack["weights"], x, y, config["loss"], relu, lr)
+            else:
+                grads, per_sample, logits = gradients(model, names, stack["weights"], x, y, config["loss"])
+            losses[step, alive] = per_sample.mean(-1).to(dtype)
+            hits[step, alive] = (logits.argmax(-1) == y).to(dtype).mean(-1)
+            if not fused:
+                if config["clip"]:
+                    clip_(grads, config["clip"])
+                update_(stack, grads, config, factor, step)
+
+            last = step + 1 == config["steps"]
+            if last or (step + 1) % check_every == 0:
+                bad = ~losses[checked:step + 1, alive].isfinite()                       # (steps, R)
+                if last:        # the last update shows in no loss
+                    broken = [~w.flatten(1).isfinite().all(1) for w in stack["weights"]]
+                    bad = torch.cat([bad, torch.stack(broken).any(0)[None]])
+                leaves = bad.any(0)
+                if leaves.any():
+                    for replica, first in zip(alive[leaves].tolist(), bad.int().argmax(0)[leaves].tolist()):
+                        diverged_at[replica] = checked + first
+                    stays = ~leaves
+                    alive, order_of = alive[stays], order_of[stays]
+                    stack = {key: [tensor[stays] for tensor in tensors] for key, tensors in stack.items()}
+                checked = step + 1
+                if progress:
+                    progress(checked, len(alive))
+                if len(alive) == 0:
+                    break
+        finals = evaluate(lambda x: forward(stack["weights"], x.expand(len(alive), *x.shape)), splits, config["loss"], len(alive))
+
+    finals = dict(zip(alive.tolist(), finals))
+    seconds = (time.perf_counter() - start) / len(runs)
+    shared = {"chance_loss": chance_loss(config["loss"], splits.y, splits.classes), **provenance(device)}
+    tenth = max(1, config["steps"] // 10)
+    columns = losses[-tenth:].T.tolist(), hits[-tenth:].T.tolist()
+    rows = []
+    for r, run in enumerate(runs):
+        done = diverged_at[r] is None
+        results = {"final_train_loss": math.fsum(columns[0][r]) / tenth if done else None,
+                   "train_accuracy": math.fsum(columns[1][r]) / tenth if done else None,
+                   **(finals[r] if done else dict.fromkeys(("val_loss", "val_accuracy", "logit_rms"))),
+                   "diverged_at": diverged_at[r]}
+        rows.append({"id": run_id(run), **run, **results, **shared, "seconds": round(seconds, 4)})
+    return rows
+
+
+def evaluate(forward, splits, loss, replicas, chunk=256):
+    """[{val_loss, val_accuracy, logit_rms}] per replica; logit_rms is the RMS over classes, averaged over samples."""
+    sums = torch.zeros(3, replicas, dtype=torch.float64, device=splits.x.device)
+    for x, y in zip(splits.x_val.split(chunk), splits.y_val.split(chunk)):
+        logits = forward(x)                                                 # (R, chunk, C)
+        y = y.expand(replicas, -1)
+        per_sample = LOSSES[loss](logits, y), logits.argmax(-1) == y, logits.square().mean(-1).sqrt()
+        sums += torch.stack([values.double().sum(-1) for values in per_sample])
+    means = (sums / len(splits.y_val)).T.tolist()
+    return [dict(zip(("val_loss", "val_accuracy", "logit_rms"), (value if math.isfinite(value) else None for value in row)))
+            for row in means]
+
+
+@functools.cache
+def provenance(device):
+    """Where a row comes from: torch version, device, git commit of this file (with "+" if the tree was changed)."""
+    def git(*command):
+        try:
+            return subprocess.run(("git", *command), cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
+    commit = git("rev-parse", "--short=12", "HEAD")
+    changed = "+" if commit and git("status", "--porcelain", "--untracked-files=no") else ""
+    kind = torch.device(device).type
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
+    return {"torch": torch.__version__, "device": name, "commit": commit + changed if commit else None}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Command line
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def add_flags(parser, several=(), without=()):
+    """A flag for every setting, but those in `without`; those in `several` take a list. Then the machine's flags."""
+    group = parser.add_argument_group("settings of a run")
+    for name, (default, kind, text) in SETTINGS.items():
+        flag, words = "--" + name.replace("_", "-"), f"{text}: {kind.words} (default {default})".replace("%", "%%")
+        if kind is FLAG:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+        elif name in several:
+            group.add_argument(flag, type=kind.type, nargs="+", default=[default], metavar="NAME", help=words)
+        elif name not in without:
+            group.add_argument(flag, type=kind.type, default=default, metavar={str: "NAME", int: "N", float: "X"}[kind.type], help=words)
+    group = parser.add_argument_group("machine")
+    group.add_argument("--data-dir", metavar="DIR", help="folder of the data files (default $DATA_DIR, ./data)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+
+
+def choose_device(name):
+    """torch device name; auto takes CUDA where there is one. ValueError if it is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ValueError(f"device is {name!r}; choose auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} is not there ({torch.cuda.device_count()} CUDA devices); use --device auto")
+    return name
+
+
+def command_line(main):
+    """Runs main; bad input ends with one line on standard error and exit code 2, an interrupt with 130."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main():
+    parser = Parser(description="Train one network and print its result row as JSON.")
+    add_flags(parser)
+    args = vars(parser.parse_args())
+    machine = {name: args.pop(name) for name in ("data_dir", "device")}
+
+    def progress(step, alive):
+        print(f"\rstep {step}/{config['steps']}{'' if alive else ', diverged'}", end="", file=sys.stderr)
+
+    config = configure(args)
+    row, = train([config], device=choose_device(machine["device"]), data_dir=machine["data_dir"], progress=progress)
+    print(file=sys.stderr)
+    print(json.dumps(row, allow_nan=False))
+
+
+if __name__ == "__main__":
+    command_line(main)
