@@ -491,6 +491,8 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None):
     dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
     if splits is None:
         splits = load_data(config["data"], data_dir, device, dtype, config["train_size"], config["val_size"], config["data_seed"])
+    if config["batch_size"] > len(splits.x):
+        raise ValueError(f"batch_size is {config['batch_size']}; it must be at most the {len(splits.x)} training samples")
     model, base, roles = build(config)
     names = [name for name, _ in model.named_parameters()]
     by_hand = config["model"] == "mlp" and not config["bias"] and config["dtype"] != "bfloat16"

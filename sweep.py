@@ -1,0 +1,504 @@
+"""Sweeps the learning rate over widths, and fits how the optimal and the largest stable one scale.
+
+    python sweep.py                                 # the headline on generated data: CE n^-1/2 against MSE n^-1
+    python sweep.py --preset optimal_lr             # Fashion-MNIST, 8-layer MLP (Fig. 1 and 5 of arXiv 2505.22491)
+    python sweep.py --widths 64 256 1024 --param sp mup --optimizer adam --lr-range 1e-5 1 --out out/adam
+
+One row per run goes to <out>/runs.jsonl as soon as its stack is done; what is there is not run again, so a killed sweep
+started again goes on. `summarize` then needs nothing but those rows.
+
+    curve            one (loss, param, optimizer); its exponent is of LR against width: -0.5 means n^-1/2
+    optimal LR       argmin of the seed-mean final train loss, refined by a parabola in log LR
+    max-stable LR    end of the contiguous stable range above the optimum: a bracket, and its geometric mean
+    lattice          LRs are step^k for whole k, so grids of different widths, and extended grids, share their points
+"""
+import fcntl
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import param
+import plots
+import train
+
+GRID = ("width", "lr", "seed", "loss", "param", "optimizer")        # settings that vary within a sweep
+
+PRESETS = {     # name: {scale: flags}
+    "headline": {
+        "cpu": dict(widths=[64, 128, 256, 512], loss=["ce", "mse"], seeds=3),
+        "paper": dict(widths=[256, 512, 1024, 2048, 4096], loss=["ce", "mse"], seeds=4, hidden_layers=7, steps=937)},
+    "optimal_lr": {
+        "cpu": dict(data="fashion_mnist", hidden_layers=7, steps=300, widths=[128, 256, 512, 1024], loss=["ce", "mse"], seeds=3,
+                    lr_range=[2 ** -9, 1.0], stable_if="accuracy"),
+        "paper": dict(data="mnist", hidden_layers=7, steps=937, widths=[256, 512, 1024, 2048, 4096, 8192, 16384],
+                      loss=["ce", "mse"], seeds=4, lr_range=[2 ** -12, 4.0], stable_if="accuracy")},
+}
+CRITERIA = {    # name: (default X, stable(mean final train loss, mean train accuracy, lowest mean loss, chance loss, X), words)
+    "chance": (1.0, lambda loss, accuracy, best, chance, x: loss < x * chance, "loss below X times a constant predictor's"),
+    "accuracy": (0.3, lambda loss, accuracy, best, chance, x: accuracy > x, "train accuracy above X"),
+    "best+1": (1.0, lambda loss, accuracy, best, chance, x: loss < best + x, "loss within X of the width's lowest"),
+    "1.2x": (1.2, lambda loss, accuracy, best, chance, x: loss < x * best, "loss within X times the width's lowest"),
+}
+DIVERGED = 1e30         # stands for the infinite loss of a diverged run, so that weighted means stay numbers
+COARSE = 4              # lattice steps between the points of the coarse grid: a factor 4 at the default step sqrt(2)
+EXTENSIONS = 6          # coarse steps by which a grid may grow beyond either end
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Result files
+
+def read_rows(out):
+    """{id: row} of every runs*.jsonl in a folder. A last line without its end was cut by a kill: dropped, with a word."""
+    rows = {}
+    for path in sorted(Path(out).glob("runs*.jsonl")):
+        content = path.read_bytes()
+        whole = content[:content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            print(f"{path}: dropped a half-written last line; its run is done again", file=sys.stderr)
+            os.truncate(path, len(whole))
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                rows[row["id"]] = row
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path}:{number} is not a result row; remove that line, or use another --out") from None
+    return rows
+
+
+def append_rows(file, rows):
+    file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_json(path, value):
+    """Writes whole or not at all."""
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def open_folder(out, fixed):
+    """Checks that out holds runs of the same fixed settings, if any, and returns its runs.jsonl, locked, for appending."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / "runs.jsonl", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another sweep is writing to {out}; wait for it, or use another --out") from None
+    config = out / "config.json"
+    if config.exists():
+        before = json.loads(config.read_text())
+        changed = [name for name in fixed if before.get(name) != fixed[name]]
+        if changed:
+            raise ValueError(f"{out} holds runs with {changed[0]} = {before.get(changed[0])!r}, not {fixed[changed[0]]!r}; use another --out")
+    else:
+        write_json(config, fixed)
+    return file
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# From rows to an optimum, a stability edge and their exponents
+
+def cell_of(rows, curve, width, seeds):
+    """Results of one curve at one width: lr (K,), losses and accuracies (S, K), chance; LRs lacking a seed are left out."""
+    by_lr = {}
+    for row in rows:
+        if (row["loss"], row["param"], row["optimizer"], row["width"]) == (*curve, width) and row["seed"] < seeds:
+            by_lr.setdefault(row["lr"], {})[row["seed"]] = row
+    lrs = sorted(lr for lr, of_seed in by_lr.items() if len(of_seed) == seeds)
+    table = [[by_lr[lr][seed] for lr in lrs] for seed in range(seeds)]      # (S, K)
+    ok = np.array([[row["diverged_at"] is None for row in line] for line in table], dtype=bool).reshape(seeds, len(lrs))
+
+    def column(name, diverged):
+        return np.array([[diverged if row[name] is None else row[name] for row in line] for line in table]).reshape(ok.shape)
+
+    return {"lr": np.array(lrs), "losses": np.where(ok, column("final_train_loss", DIVERGED), DIVERGED),
+            "accuracies": column("train_accuracy", 0.0), "chance": table[0][0]["chance_loss"] if lrs else math.nan}
+
+
+def stability(cell, weights, criterion):
+    """Seed-weighted mean losses and whether they count as stable, both (B, K); weights (B, S), rows summing to one."""
+    name, x = criterion
+    loss, accuracy = weights @ cell["losses"], weights @ cell["accuracies"]
+    stable = CRITERIA[name][1](loss, accuracy, loss.min(1, keepdims=True), cell["chance"], x)
+    return loss, stable & (loss < DIVERGED / 1e6)
+
+
+def locate(cell, weights, criterion):
+    """Optimum and stability edge of a cell, for B ways of weighting its S seeds.
+
+    Returns arrays (B,): index of the optimum, log optimal LR, log largest stable LR, log smallest unstable LR; nan where
+    there is none (nothing stable, or nothing unstable above the optimum).
+    """
+    loss, stable = stability(cell, weights, criterion)
+    log_lr, rows, last = np.log(cell["lr"]), np.arange(len(weights)), len(cell["lr"]) - 1
+    best = loss.argmin(1)
+    low = loss[rows, best]
+
+    # Vertex of the parabola through the minimum and its neighbours, no further than half-way to either.
+    left, right = best.clip(1) - 1, (best + 1).clip(max=last)
+    d0, d1 = log_lr[best] - log_lr[left], log_lr[right] - log_lr[best]
+    s0, s1 = loss[rows, left] - low, loss[rows, right] - low                # both >= 0
+    inside = (best > 0) & (best < last) & (np.maximum(s0, s1) < DIVERGED / 1e6) & (s0 + s1 > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shift = (d1 ** 2 * s0 - d0 ** 2 * s1) / (2 * (d1 * s0 + d0 * s1))
+    log_best = log_lr[best] + np.where(inside, shift.clip(-d0 / 2, d1 / 2), 0.0)
+
+    above = ~stable & (np.arange(last + 1) >= best[:, None])
+    first = above.argmax(1)                                                 # first unstable LR from the optimum up
+    found = above.any(1) & stable[rows, best]
+    log_stable = np.where(found, log_lr[first.clip(1) - 1], np.where(stable[rows, best], log_lr[last], np.nan))
+    return best, np.where(low < DIVERGED / 1e6, log_best, np.nan), log_stable, np.where(found, log_lr[first], np.nan)
+
+
+def fit_slope(widths, log_lrs):
+    """Least-squares slope of log LR (W,) or (W, B) against log width, over the widths that have one; nan below two."""
+    log_widths = np.log(widths)
+    have = np.isfinite(log_lrs)
+    if log_lrs.ndim == 2 and not have.all():
+        return np.array([fit_slope(widths, column) for column in log_lrs.T])
+    if log_lrs.ndim == 1 and have.sum() < 2:
+        return math.nan
+    keep = have if log_lrs.ndim == 1 else slice(None)
+    return np.polyfit(log_widths[keep], log_lrs[keep], 1)[0]
+
+
+def bootstrap_weights(seeds, resamples, generator):
+    """Weights (B, S) of a bootstrap over seeds."""
+    return generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+
+
+def exponents_of(cells, widths, criterion, lr_step, resamples=2000):
+    """Optimal and max-stable exponents of one curve with 95 % intervals, from its cells, one per width.
+
+    Every resample draws the seeds of each width anew, and within the grid's resolution a point: uniform in log LR within
+    half a step of the optimum, and within the edge's bracket. With few seeds resampling is too narrow by sqrt(S/(S-1))
+    (the variance of a mean of S is estimated from S - 1), so the seeds' part of each deviation is widened by that.
+
+    Returns {"optimal": (slope, [lo, hi]), "max_stable": (slope, [lo, hi])}, nan where there is none, and the points (W, 4).
+    """
+    generator = np.random.default_rng(0)
+    seeds = len(cells[0]["losses"])
+    points, draws = [], {"optimal": [], "max_stable": []}
+    for cell in cells:
+        point = [value[0] for value in locate(cell, np.full((1, seeds), 1 / seeds), criterion)]
+        _, best, stable, unstable = locate(cell, bootstrap_weights(seeds, resamples, generator), criterion)
+        widen = math.sqrt(seeds / max(1, seeds - 1))
+        within = generator.uniform(-0.5, 0.5, (2, resamples))
+        middle, edge = (point[2] + point[3]) / 2, (stable + unstable) / 2
+        draws["optimal"].append(point[1] + widen * (best - point[1]) + within[0] * math.log(lr_step))
+        draws["max_stable"].append(middle + widen * (edge - middle) + within[1] * (unstable - stable))
+        points.append(point)
+    points = np.array(points)
+    slopes = {"optimal": fit_slope(widths, points[:, 1]), "max_stable": fit_slope(widths, points[:, 2:].mean(1))}
+    result = {}
+    for name, slope in slopes.items():
+        sampled = fit_slope(widths, np.array(draws[name]))
+        result[name] = slope, np.nanquantile(sampled, [0.025, 0.975]) if np.isfinite(sampled).any() else np.full(2, math.nan)
+    return result, points
+
+
+def number(value, digits=None):
+    """A JSON number, or None for nan and infinity."""
+    value = float(value)
+    return (round(value, digits) if digits else value) if math.isfinite(value) else None
+
+
+def summarize(rows, curves, widths, seeds, criterion, lr_step, shared):
+    """The rows of summary.json, from result rows alone; shared holds the fixed settings."""
+    summary = []
+    for curve in curves:
+        loss, parameterization, optimizer = curve
+        cells = [cell_of(rows, curve, width, seeds) for width in widths]
+        cells, present = zip(*[(cell, width) for cell, width in zip(cells, widths) if len(cell["lr"])] or [((), ())])
+        if not cells:
+            continue
+        fits, points = exponents_of(cells, present, criterion, lr_step)
+        predicted = shared["alpha"] - param.max_stable_alpha(parameterization, optimizer, loss, shared["hidden_layers"], shared["trainable"])
+        flags = ["one width: no exponent"] if len(present) == 1 else []
+        flags += ["one seed: the interval is the grid's resolution"] if seeds == 1 else []
+        for (best, optimal, stable, unstable), cell, width in zip(points, cells, present):
+            if math.isnan(optimal):
+                flags.append(f"width {width}: every run diverged")
+            elif best in (0, len(cell["lr"]) - 1):
+                flags.append(f"width {width}: optimum at the grid's edge")
+            elif math.isnan(stable):
+                flags.append(f"width {width}: no stable LR")
+            if not math.isnan(stable) and math.isnan(unstable):
+                flags.append(f"width {width}: nothing unstable up to LR {cell['lr'][-1]:.3g}")
+        lrs = np.exp(points[:, 1:])
+        summary.append({
+            "model": shared["model"], "data": shared["data"], "loss": loss, "param": parameterization, "optimizer": optimizer,
+            **{key: shared[key] for key in ("alpha", "base_width", "hidden_layers", "steps")}, "widths": list(present),
+            "optimal_lr": [number(v) for v in lrs[:, 0]], "max_stable_lr": [number(v) for v in lrs[:, 1]],
+            "min_unstable_lr": [number(v) for v in lrs[:, 2]],
+            "optimal_exponent": number(fits["optimal"][0]), "optimal_interval": [number(v) for v in fits["optimal"][1]],
+            "max_stable_exponent": number(fits["max_stable"][0]), "max_stable_interval": [number(v) for v in fits["max_stable"][1]],
+            "predicted_max_stable_exponent": number(predicted),
+            "best_train_accuracy": [number(cell["accuracies"].mean(0).max()) for cell in cells],
+            "chance_loss": cells[0]["chance"], "flags": flags,
+            "curves": [{"lr": cell["lr"].tolist(), "train_loss": [[number(v) if v < DIVERGED else None for v in line] for line in cell["losses"]]}
+                       for cell in cells],
+        })
+    return summary
+
+
+def table(summary):
+    """Predicted beside measured exponents, then the LRs behind them."""
+    def measured(row, name):
+        slope, (low, high) = row[f"{name}_exponent"], row[f"{name}_interval"]
+        return "-" if slope is None else f"{slope:+.2f} [{low:+.2f}, {high:+.2f}]" if low is not None else f"{slope:+.2f}"
+
+    def lr(value):
+        return "-" if value is None else f"{value:.3g}"
+
+    lines = ["Exponents of LR against width, with 95 % intervals", "",
+             f"{'loss':6}{'param':28}{'optimizer':11}{'predicted':>10}   {'max-stable':22}optimal"]
+    for row in summary:
+        predicted = row["predicted_max_stable_exponent"]
+        lines.append(f"{row['loss']:6}{row['param']:28}{row['optimizer']:11}{'no bound' if predicted is None else f'{predicted:+.2f}':>10}   "
+                     f"{measured(row, 'max_stable'):22}{measured(row, 'optimal')}")
+    lines += ["", f"{'loss':6}{'param':28}{'optimizer':11}{'width':>6}  {'optimal LR':>10}  stable up to  unstable from"]
+    for row in summary:
+        for i, width in enumerate(row["widths"]):
+            lines.append(f"{row['loss']:6}{row['param']:28}{row['optimizer']:11}{width:6}  {lr(row['optimal_lr'][i]):>10}  "
+                         f"{lr(row['max_stable_lr'][i]):>12}  {lr(row['min_unstable_lr'][i]):>13}")
+    lines += [f"! {row['loss']}, {row['param']}, {row['optimizer']}: {flag}" for row in summary for flag in row["flags"]]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Search: which LRs a cell still needs
+
+def lattice(args):
+    """(LR of a lattice point k, lowest k, highest k, coarse steps by which the grid may grow)."""
+    if args["lrs"]:
+        lrs = sorted(set(args["lrs"]))
+        return lrs.__getitem__, 0, len(lrs) - 1, 0
+    octaves = math.log2(args["lr_step"])
+    low, high = (round(math.log2(lr) / octaves) for lr in args["lr_range"])
+    return lambda k: 2.0 ** (k * octaves), low, high, EXTENSIONS
+
+
+def wanted(known, low, high, search, extensions, hint=None):
+    """Lattice points to run next, a set; empty when the cell is done. A pure function of what is known.
+
+    known: {k: (mean loss, stable)}. grid: all of low..high. coarse-to-fine: every COARSE-th point, then halved steps
+    around the optimum and halves of the edge's bracket. hint = (optimum, edge) at the next narrower width spares the
+    coarse points far from them. Where the optimum lies at an end, or nothing above it is unstable, the grid grows.
+    """
+    stride = 1 if search == "grid" else COARSE
+    start = set(range(low, high + 1, stride))
+    if hint:
+        start = {k for k in start if hint[0] - 2 * stride < k < hint[1] + 2 * stride} or start
+    if not start <= known.keys():
+        return start - known.keys()
+
+    ks = sorted(known)
+    best = min(ks, key=lambda k: known[k][0])
+    above = min((k for k in ks if k > best and not known[k][1]), default=None)      # smallest unstable
+    lowest, highest = low - extensions * COARSE, high + extensions * COARSE
+    want = set()
+    if best == ks[0]:
+        want |= {ks[0] - i for i in range(stride, COARSE + 1, stride)}
+    if known[best][1] and above is None:
+        want |= {ks[-1] + i for i in range(stride, COARSE + 1, stride)}
+    if not want and search != "grid":
+        want = {best - 2, best + 2} - known.keys() or {best - 1, best + 1}
+        if above is not None and known[best][1]:
+            want.add((max(k for k in ks if best <= k < above) + above) // 2)        # halves the edge's bracket
+    return {k for k in want - known.keys() if lowest <= k <= highest}
+
+
+def run_grid(args, base, curves, device, file, rows):
+    """Runs what is missing, width by width, and appends each stack's rows to file and to rows {id: row}."""
+    lr_of, low, high, extensions = lattice(args)
+    k_of = {lr_of(k): k for k in range(low - extensions * COARSE, high + extensions * COARSE + 1)}
+    mean = np.full((1, args["seeds"]), 1 / args["seeds"])
+    hints, splits = {}, None
+    report = progress_line(args, base, len(curves) * args["seeds"], high - low + 1)
+    for width in args["widths"]:
+        missing = True
+        while missing:
+            missing = []
+            for curve in curves:
+                cell = cell_of(rows.values(), curve, width, args["seeds"])
+                loss, stable = stability(cell, mean, args["criterion"]) if len(cell["lr"]) else ([[]], [[]])
+                known = {k_of[lr]: (loss[0][i], stable[0][i]) for i, lr in enumerate(cell["lr"].tolist()) if lr in k_of}
+                points = wanted(known, low, high, args["search"], extensions, hints.get(curve))
+                if not points and extensions:
+                    best = min(known, key=lambda k: known[k][0])
+                    hints[curve] = best, max((k for k in known if known[k][1]), default=best)
+                missing += [run for k in sorted(points) for run in runs_of(base, curve, width, lr_of(k), args["seeds"])
+                            if train.run_id(run) not in rows]
+            for stack in train.stacks(missing, device, args["stack"]):
+                if splits is None:
+                    splits = load_splits(args, base, device)
+                done = train.train(stack, splits, device)
+                append_rows(file, done)
+                rows.update((row["id"], row) for row in done)
+                report(width, len(done))
+        report(width, 0, finished=True)
+
+
+def runs_of(base, curve, width, lr, seeds):
+    loss, parameterization, optimizer = curve
+    return [train.configure(dict(base, width=width, lr=lr, seed=seed, loss=loss, param=parameterization, optimizer=optimizer))
+            for seed in range(seeds)]
+
+
+def load_splits(args, base, device):
+    dtype = torch.float64 if base["dtype"] == "float64" else torch.float32
+    return train.load_data(base["data"], args["data_dir"], device, dtype, base["train_size"], base["val_size"], base["data_seed"])
+
+
+def progress_line(args, base, runs_per_lr, lrs):
+    """report(width, runs done, finished) -> a line on standard error: rewritten in place on a terminal, else one a minute.
+
+    The time left weighs each run by its number of parameters; a coarse-to-fine search is taken to need half the grid.
+    """
+    expected = runs_per_lr * (lrs if args["search"] == "grid" else (lrs + 1) // 2)
+    cost = {width: train.replica_size(train.configure(dict(base, width=width)))[0] for width in args["widths"]}
+    ran, planned = dict.fromkeys(cost, 0), dict.fromkeys(cost, expected)
+    start, shown = time.monotonic(), [0.0]
+
+    def report(width, runs, finished=False):
+        ran[width] += runs
+        planned[width] = ran[width] if finished else max(planned[width], ran[width])
+        seconds, done, total = time.monotonic() - start, sum(ran.values()), sum(planned.values())
+        done_cost = sum(cost[w] * ran[w] for w in cost)
+        left = seconds * (sum(cost[w] * planned[w] for w in cost) / done_cost - 1) if done_cost else 0
+        line = f"{done}/{total} runs, width {width}, {done / seconds:.1f} runs/s, {left // 60:.0f}:{left % 60:02.0f} left"
+        if sys.stderr.isatty():
+            print(f"\r{line:70}", end="", file=sys.stderr, flush=True)
+        elif seconds - shown[0] >= 60:
+            shown[0] = seconds
+            print(line, file=sys.stderr, flush=True)
+
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Command line
+
+def criterion(text):
+    name, _, x = text.partition("=")
+    if name not in CRITERIA:
+        raise ValueError(f"stable-if is {text!r}; choose from {', '.join(CRITERIA)}, with =X for another threshold")
+    try:
+        return name, float(x) if x else CRITERIA[name][0]
+    except ValueError:
+        raise ValueError(f"stable-if is {text!r}; the part behind = must be a number") from None
+
+
+def parse(argv=None):
+    """(args, fixed settings of every run); a preset replaces defaults, flags on the command line replace both."""
+    parser = train.Parser(description=__doc__.splitlines()[0], formatter_class=train.argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("sweep")
+    group.add_argument("--preset", default="headline", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default headline)")
+    group.add_argument("--scale", default="cpu", choices=("cpu", "paper"), help="cpu: two cores; paper: the paper's sizes (default cpu)")
+    group.add_argument("--widths", type=int, nargs="+", metavar="N", help="widths")
+    group.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default 3)")
+    group.add_argument("--lrs", type=float, nargs="+", metavar="X", help="exactly these LRs, instead of a range")
+    group.add_argument("--lr-range", type=float, nargs=2, default=[2 ** -8, 2 ** 3], metavar=("LO", "HI"),
+                       help="range of LRs; grows where the optimum or the edge lies outside (default 2^-8 2^3)")
+    group.add_argument("--lr-step", type=float, default=math.sqrt(2), metavar="F", help="ratio of neighbouring LRs (default sqrt 2)")
+    group.add_argument("--search", default="coarse-to-fine", choices=("coarse-to-fine", "grid"), help="LRs to run (default coarse-to-fine)")
+    group.add_argument("--stable-if", default="chance", metavar="NAME[=X]",
+                       help="; ".join(f"{name} (X = {x:g}): {words}" for name, (x, _, words) in CRITERIA.items()) + " (default chance)")
+    group.add_argument("--out", metavar="DIR", help="result folder (default out/PRESET)")
+    group.add_argument("--no-plots", action="store_true", help="no figures")
+    group.add_argument("--dry-run", action="store_true", help="say what would be run, and run nothing")
+    train.add_flags(parser, several=("loss", "param", "optimizer"), without=("width", "lr", "seed"))
+    group.add_argument("--stack", default="auto", metavar="N", help="most replicas trained at once (default auto)")
+
+    chosen, _ = parser.parse_known_args(argv)
+    if chosen.preset not in PRESETS:
+        raise ValueError(f"unknown preset {chosen.preset!r}; choose from {', '.join(PRESETS)}")
+    parser.set_defaults(**PRESETS[chosen.preset][chosen.scale])
+    args = vars(parser.parse_args(argv))
+    args["out"] = Path(args["out"] or f"out/{args['preset']}")
+    args["criterion"] = criterion(args["stable_if"])
+    args["widths"] = sorted(set(args["widths"]))
+    if args["seeds"] < 1:
+        raise ValueError(f"seeds is {args['seeds']}; it must be at least 1")
+    if not 1 < args["lr_step"] < math.inf:
+        raise ValueError(f"lr-step is {args['lr_step']}; it must be a number above 1")
+    if not 0 < args["lr_range"][0] < args["lr_range"][1] < math.inf:
+        raise ValueError(f"lr-range is {args['lr_range']}; it must be two positive numbers, the lower one first")
+    if args["stack"] != "auto" and not (args["stack"].isdigit() and int(args["stack"])):
+        raise ValueError(f"stack is {args['stack']!r}; it must be auto or a whole number, at least 1")
+    args["stack"] = args["stack"] if args["stack"] == "auto" else int(args["stack"])
+    args["search"] = "grid" if args["lrs"] else args["search"]
+    base = {name: args[name] for name in train.SETTINGS if name not in GRID}
+    for width in args["widths"]:
+        for lr in args["lrs"] or [1.0]:
+            for loss, parameterization, optimizer in curves_of(args):
+                train.configure(dict(base, width=width, lr=lr, loss=loss, param=parameterization, optimizer=optimizer))
+    return args, base
+
+
+def curves_of(args):
+    return [(loss, p, optimizer) for p in dict.fromkeys(args["param"]) for optimizer in dict.fromkeys(args["optimizer"])
+            for loss in dict.fromkeys(args["loss"])]
+
+
+def dry_run(args, base, device):
+    """Prints what the sweep would cost; times nothing but a second of matrix products."""
+    _, low, high, _ = lattice(args)
+    lrs = high - low + 1 if args["search"] == "grid" else (high - low + 2) // 2
+    n = 1024
+    a = torch.randn(n, n, device=device)
+    start, products = time.perf_counter(), 0
+    while time.perf_counter() - start < 1 or not products:
+        products += 1
+        (a @ a).sum().item()
+    rate = products * 2 * n ** 3 / (time.perf_counter() - start)
+    total = 0
+    print(f"{len(curves_of(args))} curves x {args['seeds']} seeds x {'' if args['search'] == 'grid' else 'about '}{lrs} LRs a width")
+    print(f"{'width':>6} {'runs':>6} {'parameters':>11} {'stack':>6} {'stack memory':>13} {'operations':>11}")
+    for width in args["widths"]:
+        run = dict(base, width=width, loss=args["loss"][0], optimizer=args["optimizer"][-1], lr=1.0, seed=0, param=args["param"][0])
+        runs = len(curves_of(args)) * args["seeds"] * lrs
+        parameters, memory = train.replica_size(run)
+        stack = max(len(part) for part in train.stacks([run] * runs, device, args["stack"]))
+        operations = 6.0 * parameters * base["batch_size"] * base["steps"] * runs
+        total += operations
+        print(f"{width:6} {runs:6} {parameters:11,} {stack:6} {stack * memory / 2 ** 20:10.0f} MiB {operations:11.2e}")
+    print(f"{total:.2e} operations, {total / rate / 60:.1f} minutes at this machine's {rate / 1e9:.0f} GFLOP/s "
+          "(an upper bound on what is computed: diverging runs stop early; small matrices are slower)")
+
+
+def main():
+    args, base = parse()
+    device = train.choose_device(args["device"])
+    if args["dry_run"]:
+        return dry_run(args, base, device)
+    with open_folder(args["out"], base) as file:
+        rows = read_rows(args["out"])
+        if rows:
+            print(f"{args['out']}: {len(rows)} runs found, going on", file=sys.stderr)
+        try:
+            run_grid(args, base, curves_of(args), device, file, rows)
+        except KeyboardInterrupt:
+            print(f"\ninterrupted: {len(rows)} finished runs are kept in {args['out']}; the same command goes on", file=sys.stderr)
+            raise
+    print(file=sys.stderr)
+    summary = summarize(list(rows.values()), curves_of(args), args["widths"], args["seeds"], args["criterion"], args["lr_step"], base)
+    write_json(args["out"] / "summary.json", {"command": " ".join(["python"] + sys.argv), "stable_if": args["stable_if"], "rows": summary,
+                                              "runs": len(rows), "seconds": round(sum(row["seconds"] for row in rows.values()), 1)})
+    print(table(summary))
+    if not args["no_plots"]:
+        for path in plots.draw(args["out"]):
+            print(path)
+
+
+if __name__ == "__main__":
+    train.command_line(main)
