@@ -28,8 +28,8 @@ STYLE = {"figure.dpi": 160, "savefig.dpi": 160, "font.size": 10, "axes.spines.to
 
 def name_of(row, rows):
     """What tells this curve from the others: its loss, and parameterization and optimizer where they differ."""
-    keys = ["loss"] + [key for key in ("param", "optimizer") if len({other[key] for other in rows}) > 1]
-    return ", ".join(NAMES[row[key]] for key in keys)
+    keys = ["loss"] + [key for key in ("param", "optimizer", "alpha") if len({other[key] for other in rows}) > 1]
+    return ", ".join(NAMES.get(row[key], f"α = {row[key]}") for key in keys)
 
 
 def setting(row):

@@ -7,12 +7,13 @@
 One row per run goes to <out>/runs.jsonl as soon as its stack is done; what is there is not run again, so a killed sweep
 started again goes on. `summarize` then needs nothing but those rows.
 
-    curve            one (loss, param, optimizer); its exponent is of LR against width: -0.5 means n^-1/2
+    curve            one (loss, param, optimizer, alpha); its exponent is of LR against width: -0.5 means n^-1/2
     optimal LR       argmin of the seed-mean final train loss, refined by a parabola in log LR
     max-stable LR    end of the contiguous stable range above the optimum: a bracket, and its geometric mean
     lattice          LRs are step^k for whole k, so grids of different widths, and extended grids, share their points
 """
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -27,11 +28,12 @@ import param
 import plots
 import train
 
-GRID = ("width", "lr", "seed", "loss", "param", "optimizer")        # settings that vary within a sweep
+CURVE = ("loss", "param", "optimizer", "alpha")     # settings that tell one curve from another
+GRID = ("width", "lr", "seed") + CURVE              # settings that vary within a sweep
 
 PRESETS = {     # name: {scale: flags}
     "headline": {
-        "cpu": dict(widths=[64, 128, 256, 512], loss=["ce", "mse"], seeds=3),
+        "cpu": dict(hidden_layers=4, steps=100, widths=[64, 128, 256, 512, 1024], loss=["ce", "mse"], seeds=3),
         "paper": dict(widths=[256, 512, 1024, 2048, 4096], loss=["ce", "mse"], seeds=4, hidden_layers=7, steps=937)},
     "optimal_lr": {
         "cpu": dict(data="fashion_mnist", hidden_layers=7, steps=300, widths=[128, 256, 512, 1024], loss=["ce", "mse"], seeds=3,
@@ -110,7 +112,7 @@ def cell_of(rows, curve, width, seeds):
     """Results of one curve at one width: lr (K,), losses and accuracies (S, K), chance; LRs lacking a seed are left out."""
     by_lr = {}
     for row in rows:
-        if (row["loss"], row["param"], row["optimizer"], row["width"]) == (*curve, width) and row["seed"] < seeds:
+        if tuple(row[name] for name in CURVE) == curve and row["width"] == width and row["seed"] < seeds:
             by_lr.setdefault(row["lr"], {})[row["seed"]] = row
     lrs = sorted(lr for lr, of_seed in by_lr.items() if len(of_seed) == seeds)
     table = [[by_lr[lr][seed] for lr in lrs] for seed in range(seeds)]      # (S, K)
@@ -215,13 +217,13 @@ def summarize(rows, curves, widths, seeds, criterion, lr_step, shared):
     """The rows of summary.json, from result rows alone; shared holds the fixed settings."""
     summary = []
     for curve in curves:
-        loss, parameterization, optimizer = curve
+        loss, parameterization, optimizer, alpha = curve
         cells = [cell_of(rows, curve, width, seeds) for width in widths]
         cells, present = zip(*[(cell, width) for cell, width in zip(cells, widths) if len(cell["lr"])] or [((), ())])
         if not cells:
             continue
         fits, points = exponents_of(cells, present, criterion, lr_step)
-        predicted = shared["alpha"] - param.max_stable_alpha(parameterization, optimizer, loss, shared["hidden_layers"], shared["trainable"])
+        predicted = alpha - param.max_stable_alpha(parameterization, optimizer, loss, shared["hidden_layers"], shared["trainable"])
         flags = ["one width: no exponent"] if len(present) == 1 else []
         flags += ["one seed: the interval is the grid's resolution"] if seeds == 1 else []
         for (best, optimal, stable, unstable), cell, width in zip(points, cells, present):
@@ -235,8 +237,8 @@ def summarize(rows, curves, widths, seeds, criterion, lr_step, shared):
                 flags.append(f"width {width}: nothing unstable up to LR {cell['lr'][-1]:.3g}")
         lrs = np.exp(points[:, 1:])
         summary.append({
-            "model": shared["model"], "data": shared["data"], "loss": loss, "param": parameterization, "optimizer": optimizer,
-            **{key: shared[key] for key in ("alpha", "base_width", "hidden_layers", "steps")}, "widths": list(present),
+            **{key: shared[key] for key in ("model", "data", "base_width", "hidden_layers", "steps")},
+            **dict(zip(CURVE, curve)), "widths": list(present),
             "optimal_lr": [number(v) for v in lrs[:, 0]], "max_stable_lr": [number(v) for v in lrs[:, 1]],
             "min_unstable_lr": [number(v) for v in lrs[:, 2]],
             "optimal_exponent": number(fits["optimal"][0]), "optimal_interval": [number(v) for v in fits["optimal"][1]],
@@ -259,18 +261,24 @@ def table(summary):
     def lr(value):
         return "-" if value is None else f"{value:.3g}"
 
+    sizes = {name: max(len(name), *(len(str(row[name])) for row in summary)) for name in CURVE}
+
+    def name_of(row):
+        return "".join(f"{row[name]!s:{size + 2}}" for name, size in sizes.items())
+
+    head = name_of({name: name for name in CURVE})
     lines = ["Exponents of LR against width, with 95 % intervals", "",
-             f"{'loss':6}{'param':28}{'optimizer':11}{'predicted':>10}   {'max-stable':22}optimal"]
+             f"{head}{'predicted':>10}   {'max-stable':22}optimal"]
     for row in summary:
         predicted = row["predicted_max_stable_exponent"]
-        lines.append(f"{row['loss']:6}{row['param']:28}{row['optimizer']:11}{'no bound' if predicted is None else f'{predicted:+.2f}':>10}   "
+        lines.append(f"{name_of(row)}{'no bound' if predicted is None else f'{predicted:+.2f}':>10}   "
                      f"{measured(row, 'max_stable'):22}{measured(row, 'optimal')}")
-    lines += ["", f"{'loss':6}{'param':28}{'optimizer':11}{'width':>6}  {'optimal LR':>10}  stable up to  unstable from"]
+    lines += ["", f"{head}{'width':>6}  {'optimal LR':>10}  stable up to  unstable from"]
     for row in summary:
         for i, width in enumerate(row["widths"]):
-            lines.append(f"{row['loss']:6}{row['param']:28}{row['optimizer']:11}{width:6}  {lr(row['optimal_lr'][i]):>10}  "
+            lines.append(f"{name_of(row)}{width:6}  {lr(row['optimal_lr'][i]):>10}  "
                          f"{lr(row['max_stable_lr'][i]):>12}  {lr(row['min_unstable_lr'][i]):>13}")
-    lines += [f"! {row['loss']}, {row['param']}, {row['optimizer']}: {flag}" for row in summary for flag in row["flags"]]
+    lines += [f"! {name_of(row).strip()}: {flag}" for row in summary for flag in row["flags"]]
     return "\n".join(lines)
 
 
@@ -349,9 +357,7 @@ def run_grid(args, base, curves, device, file, rows):
 
 
 def runs_of(base, curve, width, lr, seeds):
-    loss, parameterization, optimizer = curve
-    return [train.configure(dict(base, width=width, lr=lr, seed=seed, loss=loss, param=parameterization, optimizer=optimizer))
-            for seed in range(seeds)]
+    return [train.configure({**base, **dict(zip(CURVE, curve)), "width": width, "lr": lr, "seed": seed}) for seed in range(seeds)]
 
 
 def load_splits(args, base, device):
@@ -416,7 +422,7 @@ def parse(argv=None):
     group.add_argument("--out", metavar="DIR", help="result folder (default out/PRESET)")
     group.add_argument("--no-plots", action="store_true", help="no figures")
     group.add_argument("--dry-run", action="store_true", help="say what would be run, and run nothing")
-    train.add_flags(parser, several=("loss", "param", "optimizer"), without=("width", "lr", "seed"))
+    train.add_flags(parser, several=CURVE, without=("width", "lr", "seed"))
     group.add_argument("--stack", default="auto", metavar="N", help="most replicas trained at once (default auto)")
 
     chosen, _ = parser.parse_known_args(argv)
@@ -440,14 +446,15 @@ def parse(argv=None):
     base = {name: args[name] for name in train.SETTINGS if name not in GRID}
     for width in args["widths"]:
         for lr in args["lrs"] or [1.0]:
-            for loss, parameterization, optimizer in curves_of(args):
-                train.configure(dict(base, width=width, lr=lr, loss=loss, param=parameterization, optimizer=optimizer))
+            for curve in curves_of(args):
+                runs_of(base, curve, width, lr, 1)
     return args, base
 
 
 def curves_of(args):
-    return [(loss, p, optimizer) for p in dict.fromkeys(args["param"]) for optimizer in dict.fromkeys(args["optimizer"])
-            for loss in dict.fromkeys(args["loss"])]
+    param_first = ("param", "optimizer", "alpha", "loss")
+    return [tuple(dict(zip(param_first, values))[name] for name in CURVE)
+            for values in itertools.product(*(dict.fromkeys(args[name]) for name in param_first))]
 
 
 def dry_run(args, base, device):
@@ -465,7 +472,7 @@ def dry_run(args, base, device):
     print(f"{len(curves_of(args))} curves x {args['seeds']} seeds x {'' if args['search'] == 'grid' else 'about '}{lrs} LRs a width")
     print(f"{'width':>6} {'runs':>6} {'parameters':>11} {'stack':>6} {'stack memory':>13} {'operations':>11}")
     for width in args["widths"]:
-        run = dict(base, width=width, loss=args["loss"][0], optimizer=args["optimizer"][-1], lr=1.0, seed=0, param=args["param"][0])
+        run, = runs_of(base, curves_of(args)[-1], width, 1.0, 1)
         runs = len(curves_of(args)) * args["seeds"] * lrs
         parameters, memory = train.replica_size(run)
         stack = max(len(part) for part in train.stacks([run] * runs, device, args["stack"]))

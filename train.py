@@ -75,7 +75,7 @@ SETTINGS = {    # name: (default, kind, help)
     "trainable":     ("all", one_of(*param.TRAINABLE), "readout: random features"),
     "data":          ("multi_index", one_of(*DATASETS), "data set"),
     "train_size":    (20_000, COUNT, "multi_index: training samples"),
-    "val_size":      (2_000, COUNT, "validation samples (of a file's test split, the first so many)"),
+    "val_size":      (1_000, COUNT, "validation samples (of a file's test split, the first so many)"),
     "data_seed":     (0, WHOLE, "multi_index: seed of the samples"),
     "loss":          ("ce", one_of(*param.BOUNDED_DERIVATIVE), "loss"),
     "param":         ("sp", one_of(*param.PARAMETERIZATIONS), "parameterization"),
@@ -241,7 +241,7 @@ def _read_images(name, root):
     return [(images.reshape(len(images), -1), labels) for images, labels in splits]
 
 
-def load_data(name, root=None, device="cpu", dtype=torch.float32, train_size=20_000, val_size=2_000, data_seed=0):
+def load_data(name, root=None, device="cpu", dtype=torch.float32, train_size=20_000, val_size=1_000, data_seed=0):
     """Splits(x (N, D), y (N,), x_val, y_val, classes) on the device.
 
     multi_index is generated: train_size and val_size samples from data_seed. mnist, fashion_mnist and cifar10 are read
@@ -442,7 +442,7 @@ def replica_size(config):
 def stacks(runs, device="cpu", size="auto"):
     """Groups configurations into lists that `train` can take, each of at most `size` runs.
 
-    auto: on the CPU as many replicas as keep the weights near the cache (4M in all, at most 64); on CUDA as many as fit
+    auto: on the CPU as many replicas as keep the weights near the cache (8M in all, at most 64); on CUDA as many as fit
     into half of the free memory (at most 256). One at least.
     """
     groups = {}
@@ -455,7 +455,7 @@ def stacks(runs, device="cpu", size="auto"):
         elif torch.device(device).type == "cuda":
             limit = min(256, torch.cuda.mem_get_info(device)[0] // 2 // memory)
         else:
-            limit = min(64, 2 ** 22 // parameters)
+            limit = min(64, 2 ** 23 // parameters)
         parts = math.ceil(len(group) / max(1, limit))
         bounds = [len(group) * i // parts for i in range(parts + 1)]       # parts of equal size, to one run
         yield from (group[a:b] for a, b in zip(bounds, bounds[1:]))
