@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import metrics
 import param
 import plots
 import train
@@ -36,10 +37,18 @@ PRESETS = {     # name: {scale: flags}
         "cpu": dict(hidden_layers=4, steps=100, widths=[64, 128, 256, 512, 1024], loss=["ce", "mse"], seeds=3),
         "paper": dict(widths=[256, 512, 1024, 2048, 4096], loss=["ce", "mse"], seeds=4, hidden_layers=7, steps=937)},
     "optimal_lr": {
-        "cpu": dict(data="fashion_mnist", hidden_layers=7, steps=300, widths=[128, 256, 512, 1024], loss=["ce", "mse"], seeds=3,
+        "cpu": dict(data="fashion_mnist", hidden_layers=7, steps=150, batch_size=128, widths=[128, 256, 512, 1024], loss=["ce", "mse"], seeds=3,
                     lr_range=[2 ** -9, 1.0], stable_if="accuracy"),
         "paper": dict(data="mnist", hidden_layers=7, steps=937, widths=[256, 512, 1024, 2048, 4096, 8192, 16384],
                       loss=["ce", "mse"], seeds=4, lr_range=[2 ** -12, 4.0], stable_if="accuracy")},
+    "regimes": {
+        "cpu": dict(loss=["ce", "mse"], alpha=[-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25], widths=[128, 256, 512, 1024], lrs=[0.005], readout_scale=0.05,
+                    steps=4, seeds=3, track=1),
+        "paper": dict(loss=["ce", "mse"], alpha=[-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25], widths=[256, 512, 1024, 2048, 4096],
+                      hidden_layers=7, lrs=[0.005], readout_scale=0.05, steps=10, seeds=4, track=1)},
+    "limit": {
+        "cpu": dict(alpha=[0.5, 1.0], widths=[128, 256, 512, 1024], lrs=[0.1], steps=100, seeds=3, track=10),
+        "paper": dict(alpha=[0.5, 1.0], widths=[256, 512, 1024, 2048, 4096, 8192], hidden_layers=7, lrs=[0.1], steps=937, seeds=4, track=50)},
 }
 CRITERIA = {    # name: (default X, stable(mean final train loss, mean train accuracy, lowest mean loss, chance loss, X), words)
     "chance": (1.0, lambda loss, accuracy, best, chance, x: loss < x * chance, "loss below X times a constant predictor's"),
@@ -55,10 +64,13 @@ EXTENSIONS = 6          # coarse steps by which a grid may grow beyond either en
 # ------------------------------------------------------------------------------------------------------------------
 # Result files
 
-def read_rows(out):
-    """{id: row} of every runs*.jsonl in a folder. A last line without its end was cut by a kill: dropped, with a word."""
+def read_rows(out, files="runs*.jsonl"):
+    """{id: row} of every runs*.jsonl in a folder, or {(id, step, layer): row} of its track*.jsonl.
+
+    A last line without its end was cut by a kill: dropped, with a word. ValueError names any other line that is no row.
+    """
     rows = {}
-    for path in sorted(Path(out).glob("runs*.jsonl")):
+    for path in sorted(Path(out).glob(files)):
         content = path.read_bytes()
         whole = content[:content.rfind(b"\n") + 1]
         if len(whole) < len(content):
@@ -67,16 +79,10 @@ def read_rows(out):
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 row = json.loads(line)
-                rows[row["id"]] = row
+                rows[(row["id"], row["step"], row["layer"]) if "step" in row else row["id"]] = row
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path}:{number} is not a result row; remove that line, or use another --out") from None
     return rows
-
-
-def append_rows(file, rows):
-    file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def write_json(path, value):
@@ -87,7 +93,7 @@ def write_json(path, value):
 
 
 def open_folder(out, fixed):
-    """Checks that out holds runs of the same fixed settings, if any, and returns its runs.jsonl, locked, for appending."""
+    """Checks that out holds runs of the same fixed settings, if any, and returns a lock on it: close it to let go."""
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / "runs.jsonl", "a")
     try:
@@ -283,6 +289,79 @@ def table(summary):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# From tracked runs to the exponents of updates, alignment and the distance to the widest network
+
+def tracked_values(rows, tracks, curve, lr, step, layer, quantity, widths, seeds):
+    """(S, W) values of one quantity, nan where there is none."""
+    ids = {(row["seed"], row["width"]): row["id"] for row in rows if tuple(row[name] for name in CURVE) == curve and row["lr"] == lr}
+    found = [[tracks.get((ids.get((seed, width)), step, layer), {}).get(quantity) for width in widths] for seed in range(seeds)]
+    return np.array(found, dtype=float)         # None becomes nan
+
+
+def summarize_tracks(rows, tracks, curves, widths, seeds, shared):
+    """{"updates": exponents of every update at the first and the last step, "alignment": its course, "limit": distances}.
+
+    One entry per curve, LR, step, layer and quantity: effective and propagating updates of a module, the change of the
+    features (the next module's input) and of the logits, each with the exponent of param.predict beside it.
+    """
+    hidden, summary = shared["hidden_layers"], {"updates": [], "alignment": [], "limit": []}
+    names = {row["layer"]: row["module"] for row in tracks.values()}
+    wanted_of = [("effective", layer, "effective", layer) for layer in range(hidden + 1)]
+    wanted_of += [("propagating", layer, "propagating", layer - 1) for layer in range(1, hidden + 1)]
+    wanted_of += [("features", layer + 1, "input_change", layer) for layer in range(hidden)] + [("logits", hidden + 1, "change", None)]
+    for curve in curves:
+        for lr in sorted({row["lr"] for row in rows}):
+            key = {**dict(zip(CURVE, curve)), "lr": lr, "widths": list(widths)}
+            for step in sorted({1, shared["steps"]}):
+                predicted = param.predict(curve[1], curve[2], curve[0], curve[3], hidden, shared["trainable"], step)
+                for kind, layer, quantity, index in wanted_of:
+                    values = tracked_values(rows, tracks, curve, lr, step, layer, quantity, widths, seeds)
+                    expected = max(predicted.effective[-1], predicted.propagating[-1]) if kind == "logits" else getattr(predicted, kind)[index]
+                    usable = (np.isfinite(values) & (values > 0)).all(0)
+                    entry = {**key, "step": step, "kind": kind, "layer": index if kind == "features" else layer, "module": names[layer],
+                             "values": [train.finite(line) for line in values.tolist()], "exponent": None, "interval": [None, None],
+                             "predicted": number(expected), "regime": predicted.regime}
+                    if usable.sum() > 1:
+                        log_widths = np.array(widths)[usable], values[:, usable]
+                        entry["exponent"] = metrics.fit_exponent(*log_widths)[0]
+                        entry["interval"] = train.finite(list(metrics.exponent_interval(*log_widths)))
+                    summary["updates"].append(entry)
+            steps = sorted({step for _, step, _ in tracks})
+            for layer in range(hidden + 1):
+                for quantity in ("operator_update", "operator_propagating"):
+                    course = [tracked_values(rows, tracks, curve, lr, step, layer, quantity, widths, seeds).mean(0) for step in steps]
+                    summary["alignment"].append({**key, "layer": layer, "module": names[layer], "kind": quantity, "steps": steps,
+                                                 "values": [train.finite(line) for line in np.transpose(course).tolist()]})
+            summary["limit"].append({**key, "steps": shared["steps"], "values": distances(rows, tracks, curve, lr, shared, widths, seeds)})
+    return summary
+
+
+def distances(rows, tracks, curve, lr, shared, widths, seeds):
+    """[[S][W]] RMS distance of the last softmax outputs on the probe batch to those of the widest network, same seed."""
+    ids = {(row["seed"], row["width"]): row["id"] for row in rows if tuple(row[name] for name in CURVE) == curve and row["lr"] == lr}
+    def outputs(seed, width):
+        row = tracks.get((ids.get((seed, width)), shared["steps"], shared["hidden_layers"] + 1), {})
+        return np.array(row.get("softmax", [[np.nan]]), dtype=float)
+    return [train.finite([float(np.sqrt(np.mean((outputs(seed, width) - outputs(seed, widths[-1])) ** 2))) for width in widths])
+            for seed in range(seeds)]
+
+
+def update_table(updates):
+    """Predicted beside measured exponents of every layer's effective update and of the logits' change."""
+    def words(value):
+        return "-" if value is None else f"{value:+.2f}"
+
+    lines, groups = ["Exponents of updates against width: measured (predicted); effective updates from input to readout", ""], {}
+    for entry in updates:
+        if entry["kind"] in ("effective", "logits"):
+            groups.setdefault((*(entry[name] for name in CURVE), entry["step"], entry["kind"]), []).append(entry)
+    for (loss, parameterization, optimizer, alpha, step, kind), entries in groups.items():
+        cells = "  ".join(f"{words(entry['exponent']):>6} ({words(entry['predicted'])})" for entry in entries)
+        lines.append(f"{loss} {parameterization} {optimizer} α={alpha:<5g} step {step:<4} {kind:10} {cells}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Search: which LRs a cell still needs
 
 def lattice(args):
@@ -325,8 +404,8 @@ def wanted(known, low, high, search, extensions, hint=None):
     return {k for k in want - known.keys() if lowest <= k <= highest}
 
 
-def run_grid(args, base, curves, device, file, rows):
-    """Runs what is missing, width by width, and appends each stack's rows to file and to rows {id: row}."""
+def run_grid(args, base, curves, device, rows):
+    """Runs what is missing, width by width, and appends each stack's rows to runs.jsonl and to rows {id: row}."""
     lr_of, low, high, extensions = lattice(args)
     k_of = {lr_of(k): k for k in range(low - extensions * COARSE, high + extensions * COARSE + 1)}
     mean = np.full((1, args["seeds"]), 1 / args["seeds"])
@@ -349,8 +428,11 @@ def run_grid(args, base, curves, device, file, rows):
             for stack in train.stacks(missing, device, args["stack"]):
                 if splits is None:
                     splits = load_splits(args, base, device)
-                done = train.train(stack, splits, device)
-                append_rows(file, done)
+                tracked = []
+                done = train.train(stack, splits, device, track=args["track"], tracked=tracked)
+                if tracked:     # first, so that a run whose row is there is tracked; a reader takes the newer of two
+                    train.append_rows(args["out"] / "track.jsonl", tracked)
+                train.append_rows(args["out"] / "runs.jsonl", done)
                 rows.update((row["id"], row) for row in done)
                 report(width, len(done))
         report(width, 0, finished=True)
@@ -413,12 +495,14 @@ def parse(argv=None):
     group.add_argument("--widths", type=int, nargs="+", metavar="N", help="widths")
     group.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default 3)")
     group.add_argument("--lrs", type=float, nargs="+", metavar="X", help="exactly these LRs, instead of a range")
-    group.add_argument("--lr-range", type=float, nargs=2, default=[2 ** -8, 2 ** 3], metavar=("LO", "HI"),
+    group.add_argument("--lr-range", type=float, nargs=2, metavar=("LO", "HI"),
                        help="range of LRs; grows where the optimum or the edge lies outside (default 2^-8 2^3)")
     group.add_argument("--lr-step", type=float, default=math.sqrt(2), metavar="F", help="ratio of neighbouring LRs (default sqrt 2)")
     group.add_argument("--search", default="coarse-to-fine", choices=("coarse-to-fine", "grid"), help="LRs to run (default coarse-to-fine)")
     group.add_argument("--stable-if", default="chance", metavar="NAME[=X]",
                        help="; ".join(f"{name} (X = {x:g}): {words}" for name, (x, _, words) in CRITERIA.items()) + " (default chance)")
+    group.add_argument("--track", type=int, default=0, metavar="N",
+                       help="measure every module in the first 20 steps, then every N-th, into track.jsonl; 0 is never (default 0)")
     group.add_argument("--out", metavar="DIR", help="result folder (default out/PRESET)")
     group.add_argument("--no-plots", action="store_true", help="no figures")
     group.add_argument("--dry-run", action="store_true", help="say what would be run, and run nothing")
@@ -428,13 +512,18 @@ def parse(argv=None):
     chosen, _ = parser.parse_known_args(argv)
     if chosen.preset not in PRESETS:
         raise ValueError(f"unknown preset {chosen.preset!r}; choose from {', '.join(PRESETS)}")
-    parser.set_defaults(**PRESETS[chosen.preset][chosen.scale])
+    preset = {"lr_range": [2 ** -8, 2 ** 3], **PRESETS[chosen.preset][chosen.scale]}
+    if chosen.lr_range:
+        preset.pop("lrs", None)         # a range on the command line replaces a preset's list
+    parser.set_defaults(**preset)
     args = vars(parser.parse_args(argv))
     args["out"] = Path(args["out"] or f"out/{args['preset']}")
     args["criterion"] = criterion(args["stable_if"])
     args["widths"] = sorted(set(args["widths"]))
     if args["seeds"] < 1:
         raise ValueError(f"seeds is {args['seeds']}; it must be at least 1")
+    if args["track"] < 0:
+        raise ValueError(f"track is {args['track']}; it must be at least 0")
     if not 1 < args["lr_step"] < math.inf:
         raise ValueError(f"lr-step is {args['lr_step']}; it must be a number above 1")
     if not 0 < args["lr_range"][0] < args["lr_range"][1] < math.inf:
@@ -488,20 +577,27 @@ def main():
     device = train.choose_device(args["device"])
     if args["dry_run"]:
         return dry_run(args, base, device)
-    with open_folder(args["out"], base) as file:
+    with open_folder(args["out"], {**base, "track": args["track"]}):
         rows = read_rows(args["out"])
         if rows:
             print(f"{args['out']}: {len(rows)} runs found, going on", file=sys.stderr)
         try:
-            run_grid(args, base, curves_of(args), device, file, rows)
+            run_grid(args, base, curves_of(args), device, rows)
         except KeyboardInterrupt:
             print(f"\ninterrupted: {len(rows)} finished runs are kept in {args['out']}; the same command goes on", file=sys.stderr)
             raise
-    print(file=sys.stderr)
-    summary = summarize(list(rows.values()), curves_of(args), args["widths"], args["seeds"], args["criterion"], args["lr_step"], base)
-    write_json(args["out"] / "summary.json", {"command": " ".join(["python"] + sys.argv), "stable_if": args["stable_if"], "rows": summary,
-                                              "runs": len(rows), "seconds": round(sum(row["seconds"] for row in rows.values()), 1)})
-    print(table(summary))
+        print(file=sys.stderr)
+        found, curves = list(rows.values()), curves_of(args)
+        summary = {"command": " ".join(["python"] + sys.argv), "stable_if": args["stable_if"], "runs": len(rows),
+                   "seconds": round(sum(row["seconds"] for row in found), 1),
+                   **{name: base[name] for name in ("model", "data", "hidden_layers", "steps", "base_width")}, "rows": []}
+        if len(args["lrs"] or "") != 1:         # one LR alone has no optimum and no edge
+            summary["rows"] = summarize(found, curves, args["widths"], args["seeds"], args["criterion"], args["lr_step"], base)
+            print(table(summary["rows"]))
+        if args["track"]:
+            summary.update(summarize_tracks(found, read_rows(args["out"], "track*.jsonl"), curves, args["widths"], args["seeds"], base))
+            print(update_table(summary["updates"]))
+        write_json(args["out"] / "summary.json", summary)
     if not args["no_plots"]:
         for path in plots.draw(args["out"]):
             print(path)

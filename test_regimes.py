@@ -4,13 +4,16 @@ Reference checks state an independent computation in the test (written out, from
 skipped where that is absent). Behaviour checks measure a regime, and show that the neighbouring exponent would fail.
 """
 import contextlib
+import copy
 import gzip
 import io
 import json
 import math
+import re
 import struct
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import metrics
 import models
 import param
 import plots
@@ -310,6 +314,57 @@ def test_nothing_scaling_is_said_loudly():
 def test_library_errors_name_the_value_and_the_remedy(call, words):
     with pytest.raises(ValueError, match=words):
         call(*net_and_base(64, 16))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The regimes, measured: exponents of the first update against param.predict
+
+def first_step_exponents(parameterization, optimizer, alpha, widths=(128, 256, 512, 1024), seeds=3, hidden_layers=4):
+    """Measured width exponents {"effective": [layer], "propagating": [layer]} of one step on multi-index data, n0 = 256.
+
+    The readout starts at a twentieth of its size at every width, and three quarters of a batch are of one class. Neither
+    changes an exponent. The first takes away the part that initial logits of order one, shrinking with width in muP,
+    have in the softmax's derivative; without the second the classes' updates of the readout cancel but for fluctuations.
+    """
+    norms = {"effective": [], "propagating": []}
+    for seed in range(seeds):
+        x, y = train.multi_index(256, seeded(100 + seed))
+        chosen = torch.cat([(y == 1).nonzero()[:48], (y == 0).nonzero()[:16]]).squeeze(1)
+        x, y = x[chosen], y[chosen]
+        for width in widths:
+            with torch.device("meta"):
+                base = models.MLP(100, 256, hidden_layers, 2)
+                roles = param.infer_roles(models.MLP(100, 512, hidden_layers, 2), base)
+                model = models.MLP(100, width, hidden_layers, 2)
+            model = param.init_(model.to_empty(device="cpu"), base, parameterization, seeded(seed),
+                                std={"output": 0.05 * math.sqrt(2 / 256)}, overrides=roles)
+            reference = copy.deepcopy(model)
+            groups = param.param_groups(model, base, parameterization, optimizer, 0.1 if optimizer == "sgd" else 1e-3, alpha,
+                                        eps=1e-12, overrides=roles)
+            F.cross_entropy(model(x), y).backward()
+            {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer](groups).step()
+            checked = list(metrics.refined_coordinate_check(model, reference, x).values())
+            for kind, rows in norms.items():
+                rows.append([row[kind] for row in checked])
+    return {kind: [metrics.fit_exponent(widths, np.array(rows).reshape(seeds, len(widths), -1)[..., layer])[0]
+                   for layer in range(kind == "propagating", hidden_layers + 1)] for kind, rows in norms.items()}
+
+
+@pytest.mark.parametrize("parameterization, optimizer, alpha", [
+    ("sp", "sgd", 0.0), ("sp", "sgd", 0.25), ("sp", "sgd", 0.5), ("sp", "sgd", 0.75), ("sp", "sgd", 1.0), ("sp", "adam", 1.0),
+    ("ntp", "sgd", 0.0), ("mup", "sgd", 0.0), ("sp_full_align", "sgd", 0.0), ("mup", "adam", 0.0)])
+def test_first_step_exponents_are_the_predicted_ones(parameterization, optimizer, alpha):
+    measured = first_step_exponents(parameterization, optimizer, alpha)
+
+    def errors(alpha):
+        predicted = param.predict(parameterization, optimizer, "ce", alpha, hidden_layers=4)
+        return {kind: np.array(measured[kind]) - getattr(predicted, kind) for kind in measured}
+
+    right = errors(alpha)
+    assert max(np.abs(error).max() for error in right.values()) < 0.15, right
+    for wrong in (alpha - 0.25, alpha + 0.25):
+        assert min(np.abs(error).min() for error in errors(wrong).values()) > 0.1     # no layer fits the neighbouring exponent
+        assert max(np.abs(error).max() for error in errors(wrong).values()) > 0.15
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -651,7 +706,7 @@ def test_a_sweep_prints_predictions_beside_measurements_and_writes_its_files(swe
     summary = json.loads((out / "summary.json").read_text())
     assert [row["predicted_max_stable_exponent"] for row in summary["rows"]] == [-0.5, -1.0]
     assert summary["runs"] == len((out / "runs.jsonl").read_text().splitlines()) and "sweep.py" in summary["command"]
-    for name in plots.FIGURES:
+    for name in ("lr_transfer", "exponents", "optimal_lr"):
         assert (out / "figures" / f"{name}.png").stat().st_size > 10_000 and (out / "figures" / f"{name}.pdf").exists()
 
 
@@ -724,3 +779,638 @@ def test_a_contradicting_or_damaged_result_folder_is_refused(swept, tmp_path):
     (tmp_path / "runs.jsonl").write_text("{}\n")
     done = run_script("sweep.py", *TINY, "--out", tmp_path)
     assert done.returncode == 2 and "runs.jsonl:1" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Measurements
+
+class Block(nn.Module):
+    """Embedding, LayerNorm, SDPA, GELU MLP and a readout; linears with biases."""
+
+    def __init__(self, vocabulary=11, width=16):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.norm = nn.LayerNorm(width)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.readout = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)                                          # (B, T, D)
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, dim=-1))
+        attention = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.project(attention)
+        x = x + self.down(F.gelu(self.up(x)))
+        return self.readout(x)
+
+
+def net(sizes=(10, 32, 32, 3), bias=True, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b, bias=bias), nn.ReLU())]
+    return nn.Sequential(*layers[:-1]).to(dtype)
+
+
+def trained(model, x, y, lr=0.3, steps=3):
+    """(model after a few SGD steps, its reference)"""
+    reference = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+        optimizer.step()
+    return model, reference
+
+
+def mlp_pair(dtype=torch.float64, **kwargs):
+    model = net(dtype=dtype, **kwargs)
+    x = torch.randn(20, model[0].in_features, dtype=dtype)
+    return *trained(model, x, torch.arange(20) % 3), x
+
+
+def block_pair(dtype=torch.float64):
+    torch.manual_seed(1)
+    tokens = torch.randint(11, (4, 6))
+    return *trained(Block().to(dtype), tokens, (tokens + 1) % 11), tokens
+
+
+def spectrum(values, m, n, seed=0):
+    """(m, n) matrix with these singular values and random singular vectors."""
+    g = torch.Generator().manual_seed(seed)
+    u, v = (torch.linalg.qr(torch.randn(k, len(values), generator=g, dtype=torch.float64)).Q for k in (m, n))
+    return (u * values) @ v.T
+
+
+class Quadratic(nn.Module):
+    """Two parameter tensors p, q; model(A) is [p, q]^T A [p, q] / 2, whose Hessian is A."""
+
+    def __init__(self, n=40):
+        super().__init__()
+        self.p, self.q = nn.Parameter(torch.ones(n // 4, 2, dtype=torch.float64)), nn.Parameter(torch.ones(n // 2, dtype=torch.float64))
+
+    def forward(self, a):
+        v = torch.cat([self.p.flatten(), self.q])
+        return v @ a @ v / 2
+
+
+def symmetric(eigenvalues, seed=0):
+    n = len(eigenvalues)
+    q = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).Q
+    return (q * eigenvalues) @ q.T
+
+
+def identity_loss(output, target):
+    return output
+
+
+# --- updates and the refined coordinate check
+
+@pytest.mark.parametrize("pair", [mlp_pair, block_pair])
+def test_effective_plus_propagating_is_the_change_of_the_bias_free_output(pair):
+    model, reference, x = pair()
+    layers, outputs = metrics.updates(model, reference, x), []
+    for network in (model, reference):                                      # the modules' own outputs, through hooks of our own
+        seen = {}
+        handles = [m.register_forward_hook(lambda m, a, out, name=name: seen.__setitem__(name, out.detach().clone()))
+                   for name, m in network.named_modules()]
+        network(x)
+        for handle in handles:
+            handle.remove()
+        outputs.append({name: seen[name] - (0 if getattr(network.get_submodule(name), "bias", None) is None
+                                            else network.get_submodule(name).bias.detach()) for name in layers})
+    assert len(layers) == sum(hasattr(m, "weight") for m in model.modules())
+    for name, layer in layers.items():
+        total = layer.effective if layer.propagating is None else layer.effective + layer.propagating
+        change = (outputs[0][name] - outputs[1][name]).flatten(0, -2)
+        assert change.norm() > 1e-3
+        assert (total - change).norm() <= 1e-12 * outputs[0][name].norm()
+
+
+def test_refined_coordinate_check_matches_a_direct_computation_per_sample():
+    model, reference, x = mlp_pair()
+    row = metrics.refined_coordinate_check(model, reference, x)["2"]
+    xt, x0 = model[:2](x), reference[:2](x)                                 # (20, 32)
+    dw = model[2].weight - reference[2].weight
+    rms = lambda v: v.square().mean(dim=-1).sqrt().mean().item()
+    expected = {"effective": rms(xt @ dw.T), "propagating": rms((xt - x0) @ reference[2].weight.T),
+                "input": rms(xt), "input_change": rms(xt - x0)}
+    assert row == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("pair,dtype,tolerance", [(mlp_pair, torch.float64, 1e-10), (mlp_pair, torch.float32, 1e-4),
+                                                  (block_pair, torch.float64, 1e-10), (block_pair, torch.float32, 1e-4)])
+def test_refined_coordinate_check_agrees_with_torch_module_monitor(pair, dtype, tolerance):
+    package = pytest.importorskip("torch_module_monitor")
+    from torch_module_monitor.refined_coordinate_check import RefinedCoordinateCheck
+    model, reference, x = pair(dtype)
+    ours = metrics.refined_coordinate_check(model, reference, x)
+
+    monitor = package.ModuleMonitor(monitor_step_fn=lambda step: True)
+    monitor.set_module(model)
+    monitor.set_reference_module(reference)
+    check = RefinedCoordinateCheck(monitor)
+    monitor.begin_step(0)
+    with torch.no_grad():
+        reference(x), model(x)
+    check.refined_coordinate_check()
+    monitor.storage.aggregate_step(0)
+    theirs = monitor.storage.get_step_metrics(0)
+
+    keys = {"effective": "RCC (W_t-W_0)x_t/{}.weight/l2norm", "propagating": "RCC W_0(x_t-x_0)/{}.weight/l2norm",
+            "input": "RCC x_t/{}/l2norm", "input_change": "RCC (x_t-x_0)/{}/l2norm"}
+    compared = 0
+    for name, row in ours.items():
+        module = model.get_submodule(name)
+        embedding, norm = isinstance(module, nn.Embedding), isinstance(module, nn.LayerNorm)
+        for key, pattern in keys.items():
+            if embedding and key != "effective":
+                assert math.isnan(row[key])
+                continue
+            pattern = pattern.replace(".weight", "") if embedding else pattern
+            if norm:                                                        # the package names what the gains multiply apart
+                pattern = {"input": "RCC (W_t-W_0)x_t/{}.weight/x_t/l2norm",
+                           "input_change": "RCC W_0(x_t-x_0)/{}.weight/x_t-x_0/l2norm"}.get(key, pattern)
+            matrix = module.weight
+            fan_in, fan_out = (matrix.numel(),) * 2 if norm else (matrix.shape[-1], matrix.shape[-1 if embedding else 0])
+            fan = fan_out if key in ("effective", "propagating") else fan_in
+            expected = theirs[pattern.format(name)] / math.sqrt(fan)
+            assert row[key] == pytest.approx(expected, rel=tolerance, abs=1e-15), (name, key)
+            compared += 1
+    assert compared == 4 * len(ours) - 3 * any(isinstance(m, nn.Embedding) for m in model.modules())
+
+
+def test_conv1d_of_transformers_and_conv2d_give_what_the_equivalent_linear_gives():
+    class Conv1D(nn.Module):
+        def __init__(self, n_in, n_out):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(n_in, n_out, dtype=torch.float64)), nn.Parameter(torch.zeros(n_out))
+
+        def forward(self, x):
+            return x @ self.weight + self.bias
+
+    torch.manual_seed(0)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    conv, conv0 = Conv1D(6, 4), Conv1D(6, 4)
+    convs = nn.Sequential(nn.Conv2d(6, 4, 1)).double(), nn.Sequential(nn.Conv2d(6, 4, 1)).double()
+    linears = nn.Sequential(nn.Linear(6, 4)).double(), nn.Sequential(nn.Linear(6, 4)).double()
+    for c, conv2d, linear in zip((conv, conv0), convs, linears):
+        linear[0].weight.data = c.weight.data.T.clone()
+        conv2d[0].weight.data = c.weight.data.T.clone()[:, :, None, None]
+    for measure in (metrics.refined_coordinate_check, metrics.alignment, metrics.layer_statistics):
+        expected = measure(*linears, x)["0"]
+        assert measure(nn.Sequential(conv), nn.Sequential(conv0), x)["0"] == pytest.approx(expected, rel=1e-6, nan_ok=True)
+        assert measure(*convs, x[:, :, None, None])["0"] == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+def test_conv2d_updates_are_those_of_the_convolution():
+    torch.manual_seed(0)
+    conv, conv0 = (nn.Sequential(nn.Conv2d(3, 4, (3, 2), stride=2, padding=1, dilation=(1, 2)), nn.ReLU(),
+                                 nn.Conv2d(4, 5, 3, padding="valid")).double() for _ in range(2))
+    x = torch.randn(2, 3, 9, 11, dtype=torch.float64)
+    layer = metrics.updates(conv, conv0, x)["2"]
+    change = (conv(x) - conv[2].bias[:, None, None]) - (conv0(x) - conv0[2].bias[:, None, None])    # (B, C, H, W)
+    assert torch.allclose(layer.effective + layer.propagating, change.permute(0, 2, 3, 1).flatten(0, 2), atol=1e-12)
+
+
+def test_rms_norm_gains_are_measured():
+    torch.manual_seed(0)
+    norm, norm0 = (nn.Sequential(nn.RMSNorm(8, eps=1e-5)).double() for _ in range(2))
+    norm[0].weight.data += torch.randn(8)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    assert torch.allclose(metrics.updates(norm, norm0, x)["0"].effective, norm(x) - norm0(x), atol=1e-14)
+
+
+def test_a_module_called_twice_is_averaged_over_both_calls():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(input=self.layer(x))                          # keyword arguments are seen too
+
+    torch.manual_seed(0)
+    model, reference, x = Twice().double(), Twice().double(), torch.randn(7, 4, dtype=torch.float64)
+    rows = torch.cat([x, model.layer(x)])
+    expected = (rows @ (model.layer.weight - reference.layer.weight).T).square().mean(dim=1).sqrt().mean().item()
+    assert metrics.refined_coordinate_check(model, reference, x)["layer"]["effective"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_what_is_not_measured_is_named_in_a_warning():
+    class Scaled(nn.Linear):                                                # computes something else than W x
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused, self.scaled = nn.Linear(3, 3), nn.Linear(3, 3), Scaled(3, 3)
+
+        def forward(self, x):
+            return self.scaled(self.used(x))
+
+    model, x = Net(), torch.randn(2, 3)
+    with pytest.warns(UserWarning, match=r"unused \(Linear\), scaled \(Scaled\)"):
+        result = metrics.refined_coordinate_check(model, copy.deepcopy(model), x)
+    assert list(result) == ["used"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics.refined_coordinate_check(*mlp_pair())
+
+
+def test_models_of_different_width_or_structure_are_refused():
+    x = torch.randn(4, 10, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"module '0'.*\(32, 10\).*\(16, 10\)"):
+        metrics.refined_coordinate_check(net(), net((10, 16, 16, 3)), x)
+    with pytest.raises(ValueError, match="module '4' .* in the model but \\[\\] in the reference"):
+        metrics.refined_coordinate_check(net(), net()[:4], x)
+
+
+def test_tiny_updates_keep_their_digits_in_float32():
+    model = net((100, 512, 512, 3), bias=False, dtype=torch.float32)
+    reference = copy.deepcopy(model)
+    x, dw = torch.randn(8, 100), torch.randn(512, 512)
+    model[2].weight.data += 1e-6 * dw
+    dw = model[2].weight.double() - reference[2].weight.double()
+    exact = (reference[:2](x).double() @ dw.T).square().mean(dim=1).sqrt().mean().item()
+    assert metrics.refined_coordinate_check(model, reference, x)["2"]["effective"] == pytest.approx(exact, rel=1e-5)
+
+
+def test_measuring_leaves_modes_rng_gradients_hooks_and_running_statistics_alone():
+    torch.manual_seed(0)
+
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + 0.1 * torch.randn_like(x)                            # draws in evaluation mode too
+
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, 3), Noisy())
+    model[3].eval()                                                         # mixed modes must survive
+    reference, x, y = copy.deepcopy(model), torch.randn(10, 6), torch.arange(10) % 3
+    model[4].weight.grad = torch.ones(3, 8)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                     # BatchNorm is not measured
+        rows = metrics.refined_coordinate_check(model, reference, x)
+        metrics.alignment(model, reference, x)
+        metrics.layer_statistics(model, reference, x)
+    metrics.gradient_norms(model, F.cross_entropy, x, y)
+    metrics.sharpness(model, F.cross_entropy, x, y)
+    metrics.operator_norm(model[0].weight)
+    metrics.exponent_interval([1, 2], [[1, 2], [1, 3]])
+    assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model[4].weight.grad, torch.ones(3, 8)) and model[0].weight.grad is None
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for net in (model, reference) for m in net.modules())
+    hidden = model.eval()[:4](x)                                            # without dropout, by the running statistics
+    assert rows["4"]["input"] == pytest.approx(hidden.square().mean(dim=1).sqrt().mean().item())
+
+
+def test_inputs_are_kept_as_they_were_when_the_module_saw_them():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            x = x.clone()
+            x += self.layer(x)
+            return x
+
+    torch.manual_seed(0)
+    model, reference, x = InPlace().double(), InPlace().double(), torch.randn(7, 4, dtype=torch.float64)
+    expected = (x @ (model.layer.weight - reference.layer.weight).T).square().mean(dim=1).sqrt().mean().item()
+    assert metrics.refined_coordinate_check(model, reference, x)["layer"]["effective"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_failing_forward_leaves_no_hooks_and_the_training_mode():
+    model = net()
+    with pytest.raises(RuntimeError):
+        metrics.refined_coordinate_check(model, copy.deepcopy(model), torch.randn(4, 7, dtype=torch.float64))
+    assert not any(m._forward_pre_hooks or m._forward_pre_hooks_with_kwargs for m in model.modules())
+    assert all(m.training for m in model.modules())
+
+
+# --- alignment
+
+def test_alignment_matches_exact_norms():
+    model, reference, x = mlp_pair()
+    row = metrics.alignment(model, reference, x)["2"]
+    dw, w0 = model[2].weight - reference[2].weight, reference[2].weight
+    xt, dx = model[:2](x), model[:2](x) - reference[:2](x)
+    update, size = (xt @ dw.T).norm(dim=1), xt.norm(dim=1)
+    expected = {"rms_update": (update / (dw.norm() * size)).mean().item(),
+                "operator_update": (update / (torch.linalg.matrix_norm(dw, 2) * size)).mean().item(),
+                "operator_propagating": ((dx @ w0.T).norm(dim=1) / (torch.linalg.matrix_norm(w0, 2) * dx.norm(dim=1))).mean().item()}
+    assert row == pytest.approx(expected, rel=1e-3)
+    assert row["rms_update"] == pytest.approx(expected["rms_update"], rel=1e-12)
+
+
+def test_alignment_of_a_rank_one_update_along_its_input_is_one():
+    model = net((10, 32, 3), bias=False)
+    reference, x = copy.deepcopy(model), torch.randn(1, 10, dtype=torch.float64)
+    model[0].weight.data += torch.outer(torch.randn(32, dtype=torch.float64), x[0])
+    row = metrics.alignment(model, reference, x)["0"]
+    assert row["rms_update"] == pytest.approx(1, rel=1e-12) and row["operator_update"] == pytest.approx(1, rel=1e-6)
+
+
+def test_alignment_at_initialization_is_nan_and_samples_without_input_do_not_count():
+    model, x = net((4, 8, 3), bias=False), torch.randn(5, 4, dtype=torch.float64)
+    reference = copy.deepcopy(model)
+    assert all(math.isnan(v) for row in metrics.alignment(model, reference, x).values() for v in row.values())
+    model[0].weight.data += 1
+    with_zero = torch.cat([x, torch.zeros(3, 4, dtype=torch.float64)])
+    assert metrics.alignment(model, reference, with_zero)["0"] == pytest.approx(metrics.alignment(model, reference, x)["0"], nan_ok=True)
+
+
+def test_alignment_and_check_reuse_one_capture_and_the_reference_norms():
+    model, reference, x = block_pair()
+    layers, norms = metrics.updates(model, reference, x), {}
+    first = metrics.alignment(model, reference, x, layers=layers, reference_norms=norms)
+    for name, row in metrics.alignment(model, reference, x).items():
+        assert row == pytest.approx(first[name], nan_ok=True)
+    assert norms["up"] == pytest.approx(torch.linalg.matrix_norm(reference.up.weight, 2).item(), rel=1e-3)
+    norms["up"] *= 2                                                        # a looked-up norm is used, not computed again
+    halved = metrics.alignment(model, reference, x, layers=layers, reference_norms=norms)
+    assert halved["up"]["operator_propagating"] == pytest.approx(first["up"]["operator_propagating"] / 2)
+
+
+def test_a_diverged_model_gives_nan_not_an_error():
+    model, reference, x = mlp_pair()
+    model[2].weight.data[0, 0] = math.nan
+    rows = metrics.refined_coordinate_check(model, reference, x), metrics.alignment(model, reference, x)
+    assert math.isnan(rows[0]["2"]["effective"]) and math.isnan(rows[1]["2"]["operator_update"])
+    assert math.isnan(metrics.sharpness(model, F.cross_entropy, x, torch.arange(20) % 3))
+
+
+# --- operator norm
+
+ILL = 1 - 1e-3 * torch.arange(300, dtype=torch.float64)
+OPERATORS = {
+    "gaussian": torch.randn(256, 256, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+    "tall": torch.randn(300, 40, generator=torch.Generator().manual_seed(2), dtype=torch.float64),
+    "wide": torch.randn(2, 400, generator=torch.Generator().manual_seed(3), dtype=torch.float64),
+    "rank one": spectrum(torch.tensor([3.0], dtype=torch.float64), 100, 200),
+    "ill separated": spectrum(ILL, 300, 320),
+    "edge with a lone top": spectrum(torch.cat([torch.tensor([1.003]), torch.linspace(0, 1, 299) ** 0.1]).double(), 300, 300),
+    "all equal": torch.eye(64, dtype=torch.float64),
+    "tiny": 1e-30 * torch.randn(64, 64, generator=torch.Generator().manual_seed(4), dtype=torch.float64),
+    "huge": 1e30 * torch.randn(64, 64, generator=torch.Generator().manual_seed(5), dtype=torch.float64),
+    "one by one": torch.tensor([[-2.0]], dtype=torch.float64),
+    "decaying": spectrum(10.0 ** -torch.arange(20, dtype=torch.float64), 200, 150),
+}
+
+
+@pytest.mark.parametrize("kind", ["identity", "projector", "rank one", "two values"])
+def test_the_largest_eigenvalue_survives_krylov_spaces_that_close_at_once(kind):
+    for n in (2, 3, 4, 5, 6, 8, 12, 33, 64):
+        diagonal = {"identity": torch.ones(n), "projector": (torch.arange(n) < n // 2).float(),
+                    "rank one": (torch.arange(n) == 0).float(), "two values": 1 + 0.5 * (torch.arange(n) == 0)}[kind]
+        for scale in (1, 0.3, 1.7, -0.3):
+            for block in (1, 2):
+                matrix = scale * diagonal
+                found = metrics._top_eigenvalue(lambda rows: rows * matrix, n, matrix, 1e-4, 100, block)
+                assert found == pytest.approx(matrix.max().item(), rel=1e-5, abs=1e-6)
+
+
+def test_two_starting_vectors_find_a_direction_that_one_all_but_misses():
+    g = torch.Generator().manual_seed(3535)                                 # one such spectrum among seeds 0..3999
+    n = int(torch.randint(20, 200, (1,), generator=g))
+    values = torch.rand(n, generator=g, dtype=torch.float64) ** 3
+    assert metrics.operator_norm(values.diag()) == pytest.approx(values.max().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_operator_norm_is_within_a_thousandth_of_the_exact_norm(name, dtype):
+    matrix = OPERATORS[name].to(dtype)
+    exact = torch.linalg.matrix_norm(matrix.double(), ord=2).item()
+    for weight in (matrix, matrix.T):
+        assert metrics.operator_norm(weight) == pytest.approx(exact, rel=1e-3)
+
+
+def test_operator_norm_over_many_random_spectra():
+    for seed in range(60):
+        g = torch.Generator().manual_seed(seed)
+        m, n = torch.randint(20, 200, (2,), generator=g).tolist()
+        values = torch.rand(min(m, n), generator=g, dtype=torch.float64) ** [0.02, 0.1, 0.5, 3][seed % 4]
+        assert metrics.operator_norm(spectrum(values, m, n, seed)) == pytest.approx(values.max().item(), rel=1e-3)
+
+
+def test_operator_norm_of_zero_gains_convolutions_bfloat16_and_nan():
+    assert metrics.operator_norm(torch.zeros(5, 7)) == 0.0
+    assert metrics.operator_norm(torch.tensor([1.0, -3.0])) == 3.0
+    conv = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert metrics.operator_norm(conv) == pytest.approx(torch.linalg.matrix_norm(conv.flatten(1), 2).item(), rel=1e-3)
+    half = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert metrics.operator_norm(half) == pytest.approx(torch.linalg.matrix_norm(half.float(), 2).item(), rel=1e-3)
+    assert math.isnan(metrics.operator_norm(torch.tensor([[1.0, math.nan], [0.0, 1.0]])))
+
+
+def test_operator_norm_is_deterministic_and_warns_when_it_stops_early():
+    weight = OPERATORS["gaussian"]
+    torch.manual_seed(1)
+    first = metrics.operator_norm(weight)
+    torch.manual_seed(2)
+    assert metrics.operator_norm(weight) == first
+    with pytest.warns(UserWarning, match="raise max_steps"):
+        metrics.operator_norm(weight, max_steps=4)
+
+
+# --- layer and logit statistics, gradients
+
+def test_layer_statistics_count_dead_units_and_the_output_change():
+    model, reference, x = mlp_pair()
+    model[2].weight.data[:8], model[2].bias.data[:8] = 0, -1                # eight of 32 units dead
+    stats = metrics.layer_statistics(model, reference, x)["4"]
+    dead = (model[:4](x) == 0).all(dim=0)
+    assert stats["dead_inputs"] == pytest.approx(dead.double().mean().item()) and 8 <= dead.sum() < 32
+    output, output0 = model[:4](x) @ model[4].weight.T, reference[:4](x) @ reference[4].weight.T
+    assert stats["output"] == pytest.approx(output.square().mean(dim=1).sqrt().mean().item())
+    assert stats["output_change"] == pytest.approx((output - output0).square().mean(dim=1).sqrt().mean().item())
+
+
+def test_gradient_norms_are_those_of_backward():
+    model, _, x = mlp_pair()
+    y = torch.arange(20) % 3
+    norms = metrics.gradient_norms(model, F.cross_entropy, x, y)
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    assert norms == pytest.approx({name: p.grad.norm().item() for name, p in model.named_parameters()}, rel=1e-12)
+
+
+def test_logit_statistics_against_the_closed_forms_of_cross_entropy_and_mse():
+    logits = torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)     # (B, T, V)
+    targets = torch.arange(12).view(6, 2) % 5
+    onehot = F.one_hot(targets, 5).double()
+    rms = lambda v: v.square().mean(dim=-1).sqrt().mean().item()
+    stats = metrics.logit_statistics(logits, targets, lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()))
+    margin = ((logits * onehot).sum(-1) - (logits - 1e9 * onehot).amax(-1)).mean().item()
+    assert stats == pytest.approx({"rms": rms(logits), "margin": margin, "chi": rms(logits.softmax(-1) - onehot)}, rel=1e-9)
+    mse = metrics.logit_statistics(logits, targets, lambda z, y: F.mse_loss(z, F.one_hot(y, 5).double()))
+    assert mse["chi"] == pytest.approx(rms(2 / 5 * (logits - onehot)), rel=1e-12)
+
+
+# --- sharpness
+
+SPECTRA = {"positive": torch.linspace(0.1, 3, 40), "negative dominant": torch.cat([-torch.linspace(1, 100, 39), torch.tensor([1.0])]),
+           "all negative": -torch.linspace(0.5, 50, 40), "top is zero": torch.cat([torch.zeros(3), -torch.linspace(1, 9, 37)]),
+           "ill separated": torch.cat([3 - 1e-3 * torch.arange(30), -torch.linspace(1, 5, 10)])}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_sharpness_is_the_most_positive_eigenvalue(name):
+    values = SPECTRA[name].double()
+    found = metrics.sharpness(Quadratic(), identity_loss, symmetric(values), None)
+    assert found == pytest.approx(values.max().item(), rel=1e-2, abs=1e-9)
+
+
+def exact_hessian(model, loss_fn, x, y):
+    shapes = {name: p.detach() for name, p in model.named_parameters()}
+    def loss(flat):
+        parts = flat.split([p.numel() for p in shapes.values()])
+        return loss_fn(torch.func.functional_call(model, {n: q.view_as(p) for (n, p), q in zip(shapes.items(), parts)}, (x,)), y)
+    return torch.func.hessian(loss)(torch.cat([p.flatten() for p in shapes.values()]))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sharpness_of_a_small_net_is_within_one_percent_of_the_exact_hessian(sign):
+    model, _, x = mlp_pair(sizes=(6, 12, 12, 3))
+    y = torch.arange(20) % 3
+    loss_fn = lambda logits, targets: sign * F.cross_entropy(logits, targets)   # -1: a negative-dominant spectrum
+    eigenvalues = torch.linalg.eigvalsh(exact_hessian(model, loss_fn, x, y))
+    assert metrics.sharpness(model, loss_fn, x, y) == pytest.approx(eigenvalues[-1].item(), rel=1e-2)
+    single = metrics.sharpness(copy.deepcopy(model).float(), loss_fn, x.float(), y)
+    assert single == pytest.approx(eigenvalues[-1].item(), rel=1e-2)
+
+
+def test_preconditioned_sharpness_is_that_of_the_similar_matrix():
+    model, _, x = mlp_pair(sizes=(6, 12, 3))
+    y, g = torch.arange(20) % 3, torch.Generator().manual_seed(0)
+    p = {name: 10 ** torch.randn(q.shape, generator=g, dtype=torch.float64) for name, q in model.named_parameters()}
+    flat = torch.cat([q.flatten() for q in p.values()])
+    hessian = exact_hessian(model, F.cross_entropy, x, y)
+    exact = torch.linalg.eigvals(hessian / flat[:, None]).real.max().item()     # P^-1 H has the same eigenvalues
+    for given in (p, list(p.values())):
+        assert metrics.sharpness(model, F.cross_entropy, x, y, preconditioner=given) == pytest.approx(exact, rel=1e-2)
+    with pytest.raises(ValueError, match="'2.bias' must be a positive tensor"):
+        metrics.sharpness(model, F.cross_entropy, x, y, preconditioner={**p, "2.bias": torch.zeros(3)})
+
+
+def test_sharpness_of_attention_and_of_losses_that_are_linear_or_not_scalar():
+    model, _, tokens = block_pair()
+    loss_fn = lambda logits, targets: F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert metrics.sharpness(model, loss_fn, tokens, tokens) > 0            # double backward through SDPA
+    linear = nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        assert metrics.sharpness(linear, lambda z, y: z.sum(), torch.randn(2, 3), None) == 0.0
+    with pytest.raises(ValueError, match="must return a scalar"):
+        metrics.sharpness(linear, lambda z, y: z, torch.randn(2, 3), None)
+
+
+# --- calibration
+
+def test_calibration_error_against_hand_counts():
+    def logits(confidence):                                                 # two classes, class 0 predicted
+        return torch.tensor([[math.log(c / (1 - c)), 0.0] for c in confidence], dtype=torch.float64)
+
+    ece = metrics.expected_calibration_error(logits([0.9, 0.9, 0.6, 0.6]), torch.tensor([0, 1, 0, 0]), bins=10)
+    assert ece == pytest.approx(0.5 * abs(0.5 - 0.9) + 0.5 * abs(1.0 - 0.6))
+    near = metrics.expected_calibration_error(logits([0.95, 0.95, 0.85, 0.85]), torch.tensor([0, 1, 0, 0]), bins=10)
+    assert near == pytest.approx(0.5 * abs(0.5 - 0.95) + 0.5 * abs(1.0 - 0.85))
+    merged = metrics.expected_calibration_error(logits([0.9, 0.9, 0.6, 0.6]), torch.tensor([0, 1, 0, 0]), bins=1)
+    assert merged == pytest.approx(abs(0.75 - 0.75))
+
+
+def test_a_calibrated_model_has_small_calibration_error_and_doubling_its_logits_does_not():
+    g = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(40_000, 5, generator=g)
+    targets = torch.multinomial(logits.softmax(dim=-1), 1, generator=g).squeeze(1)
+    assert metrics.expected_calibration_error(logits, targets) < 0.015
+    assert metrics.expected_calibration_error(2 * logits, targets) > 0.05
+
+
+# --- exponents
+
+def test_fit_exponent_recovers_a_power_law_exactly():
+    widths = [64, 128, 512, 1024]
+    slope, intercept = metrics.fit_exponent(widths, [3 * n**-0.5 for n in widths])
+    assert slope == pytest.approx(-0.5, abs=1e-12) and intercept == pytest.approx(math.log(3), abs=1e-11)
+    factors = torch.rand(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    factors = factors / factors.log().mean(dim=0).exp()                     # the seeds' geometric mean is 3 n^-1/2
+    values = factors * 3 * torch.tensor(widths, dtype=torch.float64) ** -0.5
+    assert metrics.fit_exponent(widths, values) == pytest.approx((slope, intercept), abs=1e-11)
+
+
+@pytest.mark.parametrize("widths,values,message", [
+    ([1, 2, 3], [1.0, math.nan, 2.0], "nan"), ([1, 2], [1.0, math.inf], "inf"), ([1, 2], [[1.0, 2.0], [-3.5, 1.0]], "-3.5"),
+    ([1, 2], [0.0, 1.0], r"\[0.0\]"), ([8, 8], [1.0, 2.0], "two distinct widths"), ([1, 2, 3], [1.0, 2.0], "need")])
+def test_values_without_an_exponent_are_refused_and_named(widths, values, message):
+    for fit in (metrics.fit_exponent, metrics.exponent_interval):
+        with pytest.raises(ValueError, match=message):
+            fit(widths, values)
+
+
+@pytest.mark.parametrize("seeds,count", [(3, 5), (3, 3), (2, 5), (5, 4), (1, 5)])
+def test_exponent_interval_covers_the_exponent_about_as_often_as_it_says(seeds, count):
+    widths = 64 * 2.0 ** torch.arange(count, dtype=torch.float64)
+    g, trials, covered = torch.Generator().manual_seed(seeds * 10 + count), 400, 0
+    for trial in range(trials):
+        noise = 0.2 * torch.randn(seeds, count, generator=g, dtype=torch.float64)
+        low, high = metrics.exponent_interval(widths, (noise - 0.5 * widths.log()).exp(), resamples=400, seed=trial)
+        covered += low <= -0.5 <= high
+    assert 0.91 <= covered / trials <= 0.995                                # four standard errors about 0.95: 0.045
+
+
+def test_exponent_interval_without_spread_is_the_point_and_the_grids_resolution_widens_it():
+    widths = [64, 128, 256, 512]
+    values = [[n**-0.5 for n in widths]] * 3
+    assert metrics.exponent_interval(widths, values) == pytest.approx((-0.5, -0.5), abs=1e-12)
+    low, high = metrics.exponent_interval(widths, values, resolution=2.0)
+    log_n = torch.tensor(widths).double().log()
+    spread = (math.log(2) / math.sqrt(12)) / (log_n - log_n.mean()).norm().item()   # standard deviation of the slope
+    assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.1) and low < -0.5 < high
+    assert all(math.isnan(v) for v in metrics.exponent_interval([1, 2], [1.0, 2.0]))
+
+
+# --- other people's models
+
+def test_gpt2_of_transformers_is_measured_whole():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=13, n_positions=8, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
+    reference, tokens = copy.deepcopy(model), torch.randint(13, (2, 8))
+    for p in model.parameters():
+        p.data += 0.01 * torch.randn(p.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                                      # nothing is left out
+        rows = metrics.refined_coordinate_check(model, reference, tokens)
+    assert len(rows) == sum(name.endswith("weight") for name, _ in model.named_parameters())
+    assert all(row["effective"] > 0 for row in rows.values()) and rows["transformer.h.0.attn.c_attn"]["propagating"] > 0
+
+
+def test_a_compiled_model_is_measured_under_the_names_of_the_plain_one():
+    model, reference, x = mlp_pair()
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    plain = metrics.refined_coordinate_check(model, reference, x)
+    assert metrics.refined_coordinate_check(compiled, reference, x) == plain
+
+
+# --- the README
+
+def test_the_readmes_table_is_the_one_in_param():
+    def numbers(values):
+        return ", ".join({0: "0", 0.5: "½", 1: "1", -0.5: "-½", -1: "-1"}[value] for value in values)
+    readme = (HERE / "README.md").read_text()
+    for name, row in param.PARAMETERIZATIONS.items():
+        line = f"| `{name}` | {numbers(row['b'][:3])} | {numbers(row['sgd'])} | {numbers(row['adam'])} | {numbers(row['adam_eps'])} |"
+        assert line in readme
+
+
+def test_every_flag_in_the_readme_exists():
+    known = set()
+    for script in MAIN:
+        known |= set(re.findall(r"--[a-z][a-z0-9-]+", run_script(script, "--help").stdout))
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (HERE / "README.md").read_text())):
+        assert flag in known, flag

@@ -41,6 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, vmap
 
+import metrics
 import models
 import param
 
@@ -472,15 +473,60 @@ def data_order(seeds, size, config, device):
     return torch.stack([draw(seed) for seed in seeds]).to(device)
 
 
-def train(runs, splits=None, device="cpu", data_dir=None, progress=None):
+def optimizer_step(config, model):
+    """(advance, forward) for a stack of this configuration.
+
+    advance(stack, x, y, step) makes one optimizer step in place and returns the loss per sample (R, B) and the logits
+    (R, B, C) before it. forward(weights, x) -> logits. The bias-free MLP takes the written-out backward pass, with plain
+    SGD fused into it; everything else goes through autograd.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    relu, loss = config["activation"] == "relu", config["loss"]
+    by_hand = config["model"] == "mlp" and not config["bias"] and config["dtype"] != "bfloat16"
+    fused = by_hand and config["optimizer"] == "sgd" and not (config["momentum"] or config["weight_decay"] or config["clip"])
+
+    def forward(weights, x):
+        return mlp_forward(weights, x, relu)[-1] if by_hand else stacked_forward(model, names, weights, x)
+
+    def advance(stack, x, y, step):
+        factor = schedule(step, config)
+        if by_hand:
+            lr = [factor * lr for lr in stack["lr"]] if fused else None
+            grads, per_sample, logits = mlp_gradients(stack["weights"], x, y, loss, relu, lr)
+        else:
+            grads, per_sample, logits = gradients(model, names, stack["weights"], x, y, loss)
+        if not fused:
+            if config["clip"]:
+                clip_(grads, config["clip"])
+            update_(stack, grads, config, factor, step)
+        return per_sample, logits
+
+    return advance, forward
+
+
+def first_divergence(losses, weights):
+    """Per replica, the first row of losses (steps, R) that is not finite, a last row standing for the weights; else -1.
+
+    weights: [(R, *shape)] after the last step of a run, whose last update shows in no loss; else empty.
+    """
+    bad = ~losses.isfinite()
+    if weights:
+        bad = torch.cat([bad, torch.stack([~w.flatten(1).isfinite().all(1) for w in weights]).any(0)[None]])
+    return torch.where(bad.any(0), bad.int().argmax(0), -1)
+
+
+def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0, tracked=None):
     """Trains runs as one stack and returns one row (dict) per run, in their order.
 
     runs: dicts of SETTINGS, missing ones at their defaults; within a stack only PER_REPLICA may differ. splits as from
-    load_data, loaded if absent. progress(step, replicas still training) is called now and then. A row holds the
-    configuration, its id, results (final_train_loss and train_accuracy over the last tenth of the steps, val_loss,
-    val_accuracy, logit_rms on the validation samples, chance_loss, diverged_at) and provenance. A run that diverged has
-    diverged_at = the first step, from zero, whose loss is not finite (steps, if only the last update blew up), and null
-    results. ValueError on bad settings, or runs that cannot share a stack.
+    load_data, loaded if absent. progress(step, replicas still training) is called now and then. track = N appends
+    measurements of every module to the list `tracked` (see `tracker`): of each of the first twenty steps, then of every
+    N-th and the last.
+
+    A row holds the configuration, its id, results (final_train_loss and train_accuracy over the last tenth of the steps,
+    val_loss, val_accuracy, logit_rms on the validation samples, chance_loss, diverged_at) and provenance. A run that
+    diverged has diverged_at = the first step, from zero, whose loss is not finite (steps, if only the last update blew
+    up), and null results. ValueError on bad settings, or runs that cannot share a stack.
     """
     start = time.perf_counter()
     runs = [configure(run) for run in runs]
@@ -493,17 +539,11 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None):
         splits = load_data(config["data"], data_dir, device, dtype, config["train_size"], config["val_size"], config["data_seed"])
     if config["batch_size"] > len(splits.x):
         raise ValueError(f"batch_size is {config['batch_size']}; it must be at most the {len(splits.x)} training samples")
+
     model, base, roles = build(config)
-    names = [name for name, _ in model.named_parameters()]
-    by_hand = config["model"] == "mlp" and not config["bias"] and config["dtype"] != "bfloat16"
-    fused = by_hand and config["optimizer"] == "sgd" and not (config["momentum"] or config["weight_decay"] or config["clip"])
-    relu = config["activation"] == "relu"
-    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config["dtype"] == "bfloat16")
-
-    def forward(weights, x):
-        return mlp_forward(weights, x, relu)[-1] if by_hand else stacked_forward(model, names, weights, x)
-
+    advance, forward = optimizer_step(config, model)
     stack = stack_runs(runs, model, base, roles, device, dtype)
+    measure = tracker(runs, model, stack["weights"], splits, config, tracked) if track else None
     seeds = sorted({run["seed"] for run in runs})
     order = data_order(seeds, len(splits.x), config, device)                            # (seeds, steps, B)
     order_of = torch.tensor([seeds.index(run["seed"]) for run in runs], device=device)
@@ -512,58 +552,93 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None):
     hits = torch.zeros_like(losses)
     diverged_at = [None] * len(runs)
     check_every = 5 if torch.device(device).type == "cpu" else 25       # a check waits for the device
-    checked = 0
+    checked, steps = 0, config["steps"]
 
-    with torch.no_grad(), autocast:
-        for step in range(config["steps"]):
+    with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config["dtype"] == "bfloat16"):
+        for step in range(steps):
             index = order[order_of, step]                                               # (R, B)
-            x, y, factor = splits.x[index], splits.y[index], schedule(step, config)
-            if by_hand:
-                lr = [factor * lr for lr in stack["lr"]] if fused else None
-                grads, per_sample, logits = mlp_gradients(stack["weights"], x, y, config["loss"], relu, lr)
-            else:
-                grads, per_sample, logits = gradients(model, names, stack["weights"], x, y, config["loss"])
+            x, y = splits.x[index], splits.y[index]
+            per_sample, logits = advance(stack, x, y, step)
             losses[step, alive] = per_sample.mean(-1).to(dtype)
             hits[step, alive] = (logits.argmax(-1) == y).to(dtype).mean(-1)
-            if not fused:
-                if config["clip"]:
-                    clip_(grads, config["clip"])
-                update_(stack, grads, config, factor, step)
-
-            last = step + 1 == config["steps"]
-            if last or (step + 1) % check_every == 0:
-                bad = ~losses[checked:step + 1, alive].isfinite()                       # (steps, R)
-                if last:        # the last update shows in no loss
-                    broken = [~w.flatten(1).isfinite().all(1) for w in stack["weights"]]
-                    bad = torch.cat([bad, torch.stack(broken).any(0)[None]])
-                leaves = bad.any(0)
-                if leaves.any():
-                    for replica, first in zip(alive[leaves].tolist(), bad.int().argmax(0)[leaves].tolist()):
-                        diverged_at[replica] = checked + first
-                    stays = ~leaves
+            done, last = step + 1, step + 1 == steps
+            if track and (done <= 20 or done % track == 0 or last):
+                measure(done, alive, stack["weights"])
+            if last or done % check_every == 0:
+                first = first_divergence(losses[checked:done, alive], stack["weights"] if last else [])
+                stays = first < 0
+                if not stays.all():
+                    for replica, offset in zip(alive[~stays].tolist(), first[~stays].tolist()):
+                        diverged_at[replica] = checked + offset
                     alive, order_of = alive[stays], order_of[stays]
                     stack = {key: [tensor[stays] for tensor in tensors] for key, tensors in stack.items()}
-                checked = step + 1
+                checked = done
                 if progress:
-                    progress(checked, len(alive))
+                    progress(done, len(alive))
                 if len(alive) == 0:
                     break
-        finals = evaluate(lambda x: forward(stack["weights"], x.expand(len(alive), *x.shape)), splits, config["loss"], len(alive))
+        finals = dict.fromkeys(range(len(runs)), dict.fromkeys(("val_loss", "val_accuracy", "logit_rms")))
+        if len(alive):
+            values = evaluate(lambda x: forward(stack["weights"], x.expand(len(alive), *x.shape)), splits, config["loss"], len(alive))
+            finals.update(zip(alive.tolist(), values))
 
-    finals = dict(zip(alive.tolist(), finals))
-    seconds = (time.perf_counter() - start) / len(runs)
-    shared = {"chance_loss": chance_loss(config["loss"], splits.y, splits.classes), **provenance(device)}
-    tenth = max(1, config["steps"] // 10)
-    columns = losses[-tenth:].T.tolist(), hits[-tenth:].T.tolist()
-    rows = []
-    for r, run in enumerate(runs):
-        done = diverged_at[r] is None
-        results = {"final_train_loss": math.fsum(columns[0][r]) / tenth if done else None,
-                   "train_accuracy": math.fsum(columns[1][r]) / tenth if done else None,
-                   **(finals[r] if done else dict.fromkeys(("val_loss", "val_accuracy", "logit_rms"))),
-                   "diverged_at": diverged_at[r]}
-        rows.append({"id": run_id(run), **run, **results, **shared, "seconds": round(seconds, 4)})
-    return rows
+    tenth = max(1, steps // 10)
+    columns = {"final_train_loss": losses[-tenth:].T.tolist(), "train_accuracy": hits[-tenth:].T.tolist()}
+    shared = {"chance_loss": chance_loss(config["loss"], splits.y, splits.classes), **provenance(device),
+              "seconds": round((time.perf_counter() - start) / len(runs), 4)}
+    return [{"id": run_id(run), **run,
+             **{name: math.fsum(column[r]) / tenth if diverged_at[r] is None else None for name, column in columns.items()},
+             **finals[r], "diverged_at": diverged_at[r], **shared} for r, run in enumerate(runs)]
+
+
+def tracker(runs, model, initial, splits, config, tracked):
+    """measure(step, alive, weights): appends to `tracked` what metrics.py says of every replica after `step` updates.
+
+    One dict per run, step and module: id, step, module, layer (from 0, in the model's order), the norms of the refined
+    coordinate check, alignments, layer statistics and gradient norm; and one for the logits, module "": loss, rms,
+    change (rms), margin, chi, and after the last step the softmax outputs. All on the first batch_size validation
+    samples, the same for every run; null where a value is undefined or not finite.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    x, y = splits.x_val[:config["batch_size"]], splits.y_val[:config["batch_size"]]
+
+    def module_of(weights, r):
+        module = copy.deepcopy(model)
+        module.load_state_dict({name: w[r] for name, w in zip(names, weights)}, assign=True)
+        return module
+
+    def loss_fn(logits, y):
+        return LOSSES[config["loss"]](logits, y).mean()
+
+    initial = [w.clone() for w in initial]
+    references = [module_of(initial, r) for r in range(len(runs))]
+    reference_norms = [{} for _ in runs]
+
+    def measure(step, alive, weights):
+        for position, r in enumerate(alive.tolist()):
+            module, key = module_of(weights, position), {"id": run_id(runs[r]), "step": step}
+            layers = metrics.updates(module, references[r], x)
+            per_module = [metrics.refined_coordinate_check(module, references[r], x, layers),
+                          metrics.alignment(module, references[r], x, layers, reference_norms[r]),
+                          metrics.layer_statistics(module, references[r], x, layers)]
+            gradient = metrics.gradient_norms(module, loss_fn, x, y)
+            for layer, name in enumerate(layers):
+                values = {k: v for part in per_module for k, v in part[name].items()}
+                tracked.append({**key, "module": name, "layer": layer, **finite(values), "gradient": finite(gradient)[f"{name}.weight"]})
+            logits = module(x)
+            change = (logits - references[r](x)).square().mean(-1).sqrt().mean()
+            whole = {"loss": loss_fn(logits, y).item(), "change": change.item(), **metrics.logit_statistics(logits, y, loss_fn)}
+            outputs = {"softmax": [finite(p) for p in logits.softmax(-1).tolist()]} if step == config["steps"] else {}
+            tracked.append({**key, "module": "", "layer": len(layers), **finite(whole), **outputs})
+
+    return measure
+
+
+def finite(values):
+    """The same dict or list with null (None) where a number is not finite: strict JSON."""
+    if isinstance(values, dict):
+        return dict(zip(values, finite(list(values.values()))))
+    return [value if math.isfinite(value) else None for value in values]
 
 
 def evaluate(forward, splits, loss, replicas, chunk=256):
@@ -575,8 +650,7 @@ def evaluate(forward, splits, loss, replicas, chunk=256):
         per_sample = LOSSES[loss](logits, y), logits.argmax(-1) == y, logits.square().mean(-1).sqrt()
         sums += torch.stack([values.double().sum(-1) for values in per_sample])
     means = (sums / len(splits.y_val)).T.tolist()
-    return [dict(zip(("val_loss", "val_accuracy", "logit_rms"), (value if math.isfinite(value) else None for value in row)))
-            for row in means]
+    return [dict(zip(("val_loss", "val_accuracy", "logit_rms"), finite(row))) for row in means]
 
 
 @functools.cache
@@ -592,6 +666,14 @@ def provenance(device):
     kind = torch.device(device).type
     name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
     return {"torch": torch.__version__, "device": name, "commit": commit + changed if commit else None}
+
+
+def append_rows(path, rows):
+    """Appends whole lines, and returns once they are on the disk."""
+    with open(path, "a") as file:
+        file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -646,15 +728,27 @@ def command_line(main):
 def main():
     parser = Parser(description="Train one network and print its result row as JSON.")
     add_flags(parser)
+    group = parser.add_argument_group("results")
+    group.add_argument("--out", type=Path, metavar="DIR", help="also append the row to DIR/runs.jsonl")
+    group.add_argument("--track", type=int, default=0, metavar="N",
+                       help="measure every module in the first 20 steps, then every N-th, into DIR/track.jsonl; 0 is never (default 0)")
     args = vars(parser.parse_args())
-    machine = {name: args.pop(name) for name in ("data_dir", "device")}
+    device, data_dir, out, track = (args.pop(name) for name in ("device", "data_dir", "out", "track"))
+    config, tracked = configure(args), []
+    if track < 0 or (track and not out):
+        raise ValueError(f"track is {track}; it must be at least 0, and needs a folder to write to: --out DIR")
 
     def progress(step, alive):
-        print(f"\rstep {step}/{config['steps']}{'' if alive else ', diverged'}", end="", file=sys.stderr)
+        if sys.stderr.isatty() or step == config["steps"]:
+            print(f"\rstep {step}/{config['steps']}", end="", file=sys.stderr, flush=True)
 
-    config = configure(args)
-    row, = train([config], device=choose_device(machine["device"]), data_dir=machine["data_dir"], progress=progress)
-    print(file=sys.stderr)
+    row, = train([config], device=choose_device(device), data_dir=data_dir, progress=progress, track=track, tracked=tracked)
+    print("" if row["diverged_at"] is None else f"\ndiverged at step {row['diverged_at']}", file=sys.stderr)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        if tracked:
+            append_rows(out / "track.jsonl", tracked)
+        append_rows(out / "runs.jsonl", [row])
     print(json.dumps(row, allow_nan=False))
 
 
