@@ -47,10 +47,10 @@ def updates(model, reference, x):
     They are computed as products with dW and dx, in at least float32, not as differences of outputs, which lose the
     digits of updates that are small at large width. A module called several times has the rows of all its calls. What
     owns parameters but is never called, or is of a kind not measured, is left out and named in a warning. ValueError
-    where the two models differ in modules, shapes or number of calls.
+    where the two models differ in modules, shapes or number of calls. reference: a model, or capture(reference, x).
     """
-    model, reference = _eager(model), _eager(reference)
-    now, then, layers = _capture(model, x), _capture(reference, x), {}
+    model = _eager(model)
+    now, then, layers = capture(model, x), reference if isinstance(reference, dict) else capture(reference, x), {}
     for name in now | then:
         shapes = [[tuple(tensor.shape) for tensor in side.get(name, ())] for side in (now, then)]
         if shapes[0] != shapes[1]:
@@ -67,8 +67,9 @@ def updates(model, reference, x):
     return layers
 
 
-def _capture(model, x):
-    """{module name: (weight, input rows)} of one forward pass."""
+def capture(model, x):
+    """{module name: (weight, input rows)} of one forward pass; of a reference that is measured against often, taken once."""
+    model = _eager(model)
     weights = {name: _weight(module) for name, module in model.named_modules() if _weight(module) is not None}
     rows, handles = {}, []
 
@@ -201,7 +202,7 @@ def layer_statistics(model, reference, x, layers=None):
     """
     layers = updates(model, reference, x) if layers is None else layers
     return _floats({name: {
-        "output": _rms(_multiply(layer.w0 + layer.dw, layer.x)),
+        "output": _rms(layer.effective + _multiply(layer.w0, layer.x)),
         "output_change": _rms(layer.effective if layer.dx is None else layer.effective + layer.propagating),
         "dead_inputs": None if layer.dx is None else (layer.x == 0).all(dim=0).float().mean(),
     } for name, layer in layers.items()})
@@ -253,7 +254,7 @@ def _floats(rows):
 
 # ---- largest eigenvalues: operator norm and sharpness ----
 
-def operator_norm(weight, tolerance=1e-4, max_steps=300):
+def operator_norm(weight, tolerance=1e-3, max_steps=300):
     """Largest singular value of a matrix, to 1e-3 relative or better, as a float; never a full SVD.
 
     Block Lanczos (power iteration that keeps its past iterates) on W^T W or W W^T, whichever is smaller, until the

@@ -602,8 +602,7 @@ def tracker(runs, model, initial, splits, config, tracked):
     names = [name for name, _ in model.named_parameters()]
     x, y = splits.x_val[:config["batch_size"]], splits.y_val[:config["batch_size"]]
 
-    def module_of(weights, r):
-        module = copy.deepcopy(model)
+    def load(module, weights, r):
         module.load_state_dict({name: w[r] for name, w in zip(names, weights)}, assign=True)
         return module
 
@@ -611,23 +610,30 @@ def tracker(runs, model, initial, splits, config, tracked):
         return LOSSES[config["loss"]](logits, y).mean()
 
     initial = [w.clone() for w in initial]
-    references = [module_of(initial, r) for r in range(len(runs))]
+    module = copy.deepcopy(model)       # takes each replica's weights in turn
+    references = [metrics.capture(load(module, initial, r), x) for r in range(len(runs))]
+    with torch.no_grad():
+        initial_logits = [load(module, initial, r)(x) for r in range(len(runs))]
     reference_norms = [{} for _ in runs]
 
     def measure(step, alive, weights):
         for position, r in enumerate(alive.tolist()):
-            module, key = module_of(weights, position), {"id": run_id(runs[r]), "step": step}
-            layers = metrics.updates(module, references[r], x)
+            key = {"id": run_id(runs[r]), "step": step}
+            layers = metrics.updates(load(module, weights, position), references[r], x)
             per_module = [metrics.refined_coordinate_check(module, references[r], x, layers),
                           metrics.alignment(module, references[r], x, layers, reference_norms[r]),
                           metrics.layer_statistics(module, references[r], x, layers)]
-            gradient = metrics.gradient_norms(module, loss_fn, x, y)
+            with torch.enable_grad():
+                logits = module(x)
+                loss = loss_fn(logits, y)
+                gradient = dict(zip(names, torch.autograd.grad(loss, list(module.parameters()))))
             for layer, name in enumerate(layers):
                 values = {k: v for part in per_module for k, v in part[name].items()}
-                tracked.append({**key, "module": name, "layer": layer, **finite(values), "gradient": finite(gradient)[f"{name}.weight"]})
-            logits = module(x)
-            change = (logits - references[r](x)).square().mean(-1).sqrt().mean()
-            whole = {"loss": loss_fn(logits, y).item(), "change": change.item(), **metrics.logit_statistics(logits, y, loss_fn)}
+                values["gradient"] = gradient[f"{name}.weight"].norm().item()
+                tracked.append({**key, "module": name, "layer": layer, **finite(values)})
+            logits = logits.detach()
+            change = (logits - initial_logits[r]).square().mean(-1).sqrt().mean()
+            whole = {"loss": loss.item(), "change": change.item(), **metrics.logit_statistics(logits, y, loss_fn)}
             outputs = {"softmax": [finite(p) for p in logits.softmax(-1).tolist()]} if step == config["steps"] else {}
             tracked.append({**key, "module": "", "layer": len(layers), **finite(whole), **outputs})
 
