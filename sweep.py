@@ -291,59 +291,59 @@ def table(summary):
 # ------------------------------------------------------------------------------------------------------------------
 # From tracked runs to the exponents of updates, alignment and the distance to the widest network
 
-def tracked_values(rows, tracks, curve, lr, step, layer, quantity, widths, seeds):
-    """(S, W) values of one quantity, nan where there is none."""
-    ids = {(row["seed"], row["width"]): row["id"] for row in rows if tuple(row[name] for name in CURVE) == curve and row["lr"] == lr}
-    found = [[tracks.get((ids.get((seed, width)), step, layer), {}).get(quantity) for width in widths] for seed in range(seeds)]
-    return np.array(found, dtype=float)         # None becomes nan
-
-
 def summarize_tracks(rows, tracks, curves, widths, seeds, shared):
-    """{"updates": exponents of every update at the first and the last step, "alignment": its course, "limit": distances}.
-
-    One entry per curve, LR, step, layer and quantity: effective and propagating updates of a module, the change of the
-    features (the next module's input) and of the logits, each with the exponent of param.predict beside it.
-    """
-    hidden, summary = shared["hidden_layers"], {"updates": [], "alignment": [], "limit": []}
+    """{"updates": exponents of every update at the first and the last step, "alignment": its course over the steps,
+    "limit": distances to the widest network}, each a list with one entry or more per curve and LR."""
+    summary = {"updates": [], "alignment": [], "limit": []}
     names = {row["layer"]: row["module"] for row in tracks.values()}
-    wanted_of = [("effective", layer, "effective", layer) for layer in range(hidden + 1)]
-    wanted_of += [("propagating", layer, "propagating", layer - 1) for layer in range(1, hidden + 1)]
-    wanted_of += [("features", layer + 1, "input_change", layer) for layer in range(hidden)] + [("logits", hidden + 1, "change", None)]
-    for curve in curves:
-        for lr in sorted({row["lr"] for row in rows}):
-            key = {**dict(zip(CURVE, curve)), "lr": lr, "widths": list(widths)}
-            for step in sorted({1, shared["steps"]}):
-                predicted = param.predict(curve[1], curve[2], curve[0], curve[3], hidden, shared["trainable"], step)
-                for kind, layer, quantity, index in wanted_of:
-                    values = tracked_values(rows, tracks, curve, lr, step, layer, quantity, widths, seeds)
-                    expected = max(predicted.effective[-1], predicted.propagating[-1]) if kind == "logits" else getattr(predicted, kind)[index]
-                    usable = (np.isfinite(values) & (values > 0)).all(0)
-                    entry = {**key, "step": step, "kind": kind, "layer": index if kind == "features" else layer, "module": names[layer],
-                             "values": [train.finite(line) for line in values.tolist()], "exponent": None, "interval": [None, None],
-                             "predicted": number(expected), "regime": predicted.regime}
-                    if usable.sum() > 1:
-                        log_widths = np.array(widths)[usable], values[:, usable]
-                        entry["exponent"] = metrics.fit_exponent(*log_widths)[0]
-                        entry["interval"] = train.finite(list(metrics.exponent_interval(*log_widths)))
-                    summary["updates"].append(entry)
-            steps = sorted({step for _, step, _ in tracks})
-            for layer in range(hidden + 1):
-                for quantity in ("operator_update", "operator_propagating"):
-                    course = [tracked_values(rows, tracks, curve, lr, step, layer, quantity, widths, seeds).mean(0) for step in steps]
-                    summary["alignment"].append({**key, "layer": layer, "module": names[layer], "kind": quantity, "steps": steps,
-                                                 "values": [train.finite(line) for line in np.transpose(course).tolist()]})
-            summary["limit"].append({**key, "steps": shared["steps"], "values": distances(rows, tracks, curve, lr, shared, widths, seeds)})
+    steps = sorted({step for _, step, _ in tracks})
+    for curve, lr in itertools.product(curves, sorted({row["lr"] for row in rows})):
+        ids = {(row["seed"], row["width"]): row["id"] for row in rows
+               if tuple(row[name] for name in CURVE) == curve and row["lr"] == lr}
+
+        def values(step, layer, quantity, missing=None):
+            """[S][W] of one tracked quantity."""
+            return [[tracks.get((ids.get((seed, width)), step, layer), {}).get(quantity, missing) for width in widths]
+                    for seed in range(seeds)]
+
+        key = {**dict(zip(CURVE, curve)), "lr": lr, "widths": list(widths)}
+        summary["updates"] += [{**key, "module": names[entry["layer"]], **entry} for entry in update_exponents(values, curve, widths, shared)]
+        for layer, kind in itertools.product(range(shared["hidden_layers"] + 1), ("operator_update", "operator_propagating")):
+            course = [np.array(values(step, layer, kind), dtype=float).mean(0) for step in steps]               # [T] (W,)
+            summary["alignment"].append({**key, "layer": layer, "module": names[layer], "kind": kind, "steps": steps,
+                                         "values": [train.finite(line) for line in np.transpose(course).tolist()]})
+        softmax = values(shared["steps"], shared["hidden_layers"] + 1, "softmax", [[math.nan]])
+        distance = [train.finite([rms_distance(output, of_seed[-1]) for output in of_seed]) for of_seed in softmax]
+        summary["limit"].append({**key, "steps": shared["steps"], "values": distance})
     return summary
 
 
-def distances(rows, tracks, curve, lr, shared, widths, seeds):
-    """[[S][W]] RMS distance of the last softmax outputs on the probe batch to those of the widest network, same seed."""
-    ids = {(row["seed"], row["width"]): row["id"] for row in rows if tuple(row[name] for name in CURVE) == curve and row["lr"] == lr}
-    def outputs(seed, width):
-        row = tracks.get((ids.get((seed, width)), shared["steps"], shared["hidden_layers"] + 1), {})
-        return np.array(row.get("softmax", [[np.nan]]), dtype=float)
-    return [train.finite([float(np.sqrt(np.mean((outputs(seed, width) - outputs(seed, widths[-1])) ** 2))) for width in widths])
-            for seed in range(seeds)]
+def rms_distance(outputs, others):
+    return float(np.sqrt(np.mean((np.array(outputs, dtype=float) - np.array(others, dtype=float)) ** 2)))
+
+
+def update_exponents(values, curve, widths, shared):
+    """Measured exponents, with intervals, beside those of param.predict: effective and propagating updates of every module,
+    the change of every feature (the next module's input) and of the logits, at the first and the last step."""
+    (loss, parameterization, optimizer, alpha), hidden, entries = curve, shared["hidden_layers"], []
+    for step in sorted({1, shared["steps"]}):
+        predicted = param.predict(parameterization, optimizer, loss, alpha, hidden, shared["trainable"], step)
+        change = max(predicted.effective[-1], predicted.propagating[-1])        # of the logits, without their initial value
+        tracked = [("effective", layer, layer, "effective", predicted.effective[layer]) for layer in range(hidden + 1)]
+        tracked += [("propagating", layer, layer, "propagating", predicted.propagating[layer - 1]) for layer in range(1, hidden + 1)]
+        tracked += [("features", layer, layer + 1, "input_change", predicted.features[layer]) for layer in range(hidden)]
+        tracked += [("logits", hidden + 1, hidden + 1, "change", change)]
+        for kind, layer, module, quantity, exponent in tracked:
+            norms = np.array(values(step, module, quantity), dtype=float)       # (S, W), null becomes nan
+            entry = {"step": step, "kind": kind, "layer": layer, "values": [train.finite(line) for line in norms.tolist()],
+                     "exponent": None, "interval": [None, None], "predicted": number(exponent), "regime": predicted.regime}
+            usable = (np.isfinite(norms) & (norms > 0)).all(0)
+            if usable.sum() > 1:
+                measured = np.array(widths)[usable], norms[:, usable]
+                entry["exponent"] = metrics.fit_exponent(*measured)[0]
+                entry["interval"] = train.finite(list(metrics.exponent_interval(*measured)))
+            entries.append(entry)
+    return entries
 
 
 def update_table(updates):

@@ -731,6 +731,40 @@ def test_rows_are_those_of_train_py(swept):
     assert results(alone_row) == results(row)
 
 
+def test_tracked_norms_are_those_of_the_run_alone(small_data):
+    run, tracked = dict(SMALL, lr=0.3, steps=1, seed=3, dtype="float64"), []
+    train.train([dict(run, lr=0.1), run], small_data[torch.float64], track=1, tracked=tracked)
+    splits = small_data[torch.float64]
+    base = models.MLP(100, 16, 2, 2)
+    model = param.init_(models.MLP(100, 24, 2, 2).double(), base, "sp", seeded(3))
+    reference = copy.deepcopy(model)
+    index = torch.randint(len(splits.x), (16,), generator=seeded(4))
+    F.cross_entropy(model(splits.x[index]), splits.y[index]).backward()
+    torch.optim.SGD(param.param_groups(model, base, "sp", "sgd", 0.3)).step()
+    model.zero_grad()
+    expected = metrics.refined_coordinate_check(model, reference, splits.x_val[:16])
+    F.cross_entropy(model(splits.x_val[:16]), splits.y_val[:16]).backward()
+    mine = [row for row in tracked if row["id"] == train.run_id(train.configure(run))]
+    assert [row["module"] for row in mine] == [*expected, ""]
+    for row in mine[:-1]:
+        assert {key: row[key] for key in expected[row["module"]]} == pytest.approx(expected[row["module"]], rel=1e-5)
+        assert row["gradient"] == pytest.approx(model.get_submodule(row["module"]).weight.grad.norm().item(), rel=1e-5)
+    assert np.shape(mine[-1]["softmax"]) == (16, 2)
+
+
+def test_a_tracked_sweep_sets_measured_exponents_beside_predicted_ones(tmp_path):
+    flags = [*TINY[:TINY.index("--lr-range")], "--steps", "25", "--lrs", "0.1", "--alpha", "0", "0.5", "1", "--track", "10", "--loss", "ce"]
+    done = run_script("sweep.py", *flags, "--out", tmp_path)
+    assert done.returncode == 0 and "measured (predicted)" in done.stdout, done.stderr
+    tracks = sweep.read_rows(tmp_path, "track*.jsonl")
+    assert sorted({step for _, step, _ in tracks}) == [*range(1, 21), 25]
+    assert len(tracks) == 12 * 21 * 4       # runs, steps, three modules and the logits
+    updates = json.loads((tmp_path / "summary.json").read_text())["updates"]
+    assert {entry["kind"] for entry in updates} == {"effective", "propagating", "features", "logits"}
+    assert all(entry["exponent"] is not None for entry in updates if entry["step"] == 1 and (entry["kind"], entry["layer"]) != ("propagating", 0))
+    assert (tmp_path / "figures" / "regimes.png").exists() and (tmp_path / "figures" / "limit.png").exists()
+
+
 @pytest.mark.parametrize("script, flags, words", [
     ("sweep.py", ["--preset", "headlin"], "choose from headline"),
     ("sweep.py", ["--widths", "0"], "width is 0"),
@@ -749,6 +783,9 @@ def test_rows_are_those_of_train_py(swept):
     ("sweep.py", ["--device", "tpu"], "choose auto, cpu, cuda"),
     ("sweep.py", ["--data", "imagenet"], "one of multi_index, mnist"),
     ("sweep.py", ["--lr", "0.1"], "--lr"),
+    ("sweep.py", ["--width", "64"], "--width"),
+    ("sweep.py", ["--track", "-1"], "track is -1"),
+    ("train.py", ["--track", "5"], "--out DIR"),
     ("sweep.py", ["--out", "/dev/null/x"], "/dev/null"),
     ("train.py", ["--width", "-4"], "width is -4"),
     ("train.py", ["--steps", "0"], "steps is 0"),
