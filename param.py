@@ -191,7 +191,7 @@ def _role_and_ratio(name, tensor, base_tensor, owner, role):
 
 def _scaled(model, base, overrides=None):
     """[Scaled] for every parameter of model; the reading of shapes that all public functions share."""
-    overrides = dict(overrides or {})
+    overrides = {name.replace(_COMPILED, ""): role for name, role in (overrides or {}).items()}
     base_shapes = {name.replace(_COMPILED, ""): p for name, p in base.named_parameters(remove_duplicate=False)}
     modules = dict(model.named_modules(remove_duplicate=False))
     records, seen = [], {}
@@ -201,12 +201,12 @@ def _scaled(model, base, overrides=None):
             raise ValueError(f"{name} {tuple(tensor.shape)} has no counterpart in base; "
                              "base must be the same architecture at another width (same depth, same names)")
         owner = modules[name.rpartition(".")[0]]
-        role, m = _role_and_ratio(name, tensor, base_tensor, owner, overrides.pop(name, None))
+        role, m = _role_and_ratio(name, tensor, base_tensor, owner, overrides.pop(name.replace(_COMPILED, ""), None))
         if id(tensor) in seen:
             first = seen[id(tensor)]
             if first.role != role:
                 raise ValueError(f"{first.name} ({first.role}) and {name} ({role}) are one tied tensor, which has no single "
-                                 "role; untie them (transformers: tie_word_embeddings=False), or override both with one role")
+                                 "role; untie them (transformers: tie_word_embeddings=False)")
             continue
         records.append(Scaled(name, tensor, role, m, _fan_in(base_tensor, owner, role) ** -0.5, owner))
         seen[id(tensor)] = records[-1]
@@ -224,11 +224,11 @@ def infer_roles(model, base, overrides=None):
     """{parameter name: role}, from comparing shapes with base, the same architecture at another width.
 
     base may live on the meta device. Fan-in and fan-out are known for nn.Linear, nn.Conv*, nn.Embedding and
-    transformers' Conv1D; for other tensors of which one dimension scales give overrides={name: role}. Tensors of
-    fixed shape count as "vector".
+    transformers' Conv1D; for other tensors of which one dimension scales give overrides={name: role}; those of which two
+    scale are hidden, and read as (fan_out, fan_in). Tensors of fixed shape count as "vector".
 
-    Raises ValueError if the architectures differ, a tensor's fan-in is unknown, or a tied tensor has two roles (an
-    embedding used as readout). Warns if nothing scales.
+    Raises ValueError if the architectures differ, input and output cannot be told apart, or a tied tensor has two roles
+    (an embedding used as readout). Warns if nothing scales.
     """
     records = _scaled(model, base, overrides)
     _warn_if_nothing_scales(records, overrides)
@@ -248,6 +248,8 @@ def init_(model, base, parameterization, generator=None, zero_readout=False, gai
     if zero_readout and not any(r.role == "output" for r in records):
         raise ValueError("zero_readout needs an output tensor, and none has that role: " + _NOTHING_SCALES)
     e, std = exponents(parameterization, "sgd"), std or {}
+    for key in std:
+        _choose("name or role in std:", key, (*ROLES, *(r.name for r in records)))
     for r in records:
         tensor = r.tensor.data
         if tensor.ndim > 1:

@@ -170,14 +170,16 @@ REGIMES = {"catastrophic": "#F7DAD3", "controlled divergence": "#FBF1CC", "stabl
 
 def regimes(summary):
     """Exponents of logits and effective updates against α, measured (points, 95 % bars) on predicted (lines)."""
-    losses, steps = (list(dict.fromkeys(entry[key] for entry in summary["updates"])) for key in ("loss", "step"))
+    first = summary["updates"][0]
+    shown = [entry for entry in summary["updates"] if all(entry[key] == first[key] for key in ("param", "optimizer", "lr"))]
+    losses, steps = (list(dict.fromkeys(entry[key] for entry in shown)) for key in ("loss", "step"))
     figure, axes = plt.subplots(len(steps), len(losses), figsize=(4.3 * len(losses) + 1.2, 3.2 * len(steps) + 0.3),
                                 sharex=True, sharey=True, squeeze=False)
     output = summary["hidden_layers"]
     series = {"logits' change": ("logits", [output + 1]), "output update": ("effective", [output]),
               "hidden updates": ("effective", range(1, output)), "input update": ("effective", [0])}
     for (i, step), (j, loss) in ((a, b) for a in enumerate(steps) for b in enumerate(losses)):
-        axis, here = axes[i, j], [entry for entry in summary["updates"] if (entry["step"], entry["loss"]) == (step, loss)]
+        axis, here = axes[i, j], [entry for entry in shown if (entry["step"], entry["loss"]) == (step, loss)]
         alphas = sorted({entry["alpha"] for entry in here})
         regime = {entry["alpha"]: entry["regime"] for entry in here}
         ends = alphas[1:] + [alphas[-1] + 0.08]
@@ -200,9 +202,11 @@ def regimes(summary):
         axis.set_xlim(alphas[0] - 0.08, ends[-1])
         axis.set_title(f"{NAMES[loss]}, after {step} step{'s' if step > 1 else ''}")
         axis.set(xlabel="α (learning rate ∝ $n^{-α}$)" if i == len(steps) - 1 else "", ylabel="width exponent" if j == 0 else "")
-    predicted = [entry["predicted"] for entry in summary["updates"] if entry["predicted"] is not None]
+    predicted = [entry["predicted"] for entry in shown if entry["predicted"] is not None]
     axes[0, 0].set_ylim(min(predicted) - 0.25, min(max(predicted), 1.6) + 0.75)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8.5, title="lines: predicted\npoints: measured")
+    figure.suptitle(f"{setting(summary)}, {NAMES[first['param']]}, {NAMES[first['optimizer']]}, learning rate {first['lr']:g} (n / {summary['base_width']})$^{{-α}}$",
+                    fontsize=10.5)
     return figure
 
 
@@ -238,7 +242,7 @@ def updates(summary):
         low, high = axis.get_ylim()
         axis.set_ylim(low, high * (high / low) ** 0.5)          # room for the legend
         axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.legend(fontsize=7.5, loc="upper left", borderaxespad=0.1, handlelength=1.2) if axis.lines else None
+        axis.legend(fontsize=7.5, loc="upper left", borderaxespad=0.1, handlelength=1.2) if axis.get_legend_handles_labels()[1] else None
         name = "readout" if layer == layers[-1] else f"layer {layer + 1}"
         axis.set_title(f"{name}: {'ΔW x' if kind == 'effective' else 'W₀ Δx'}")
     axes[0, 0].set_ylabel("RMS, effective update")
@@ -291,7 +295,7 @@ def limit(summary):
     for axis, ylabel in zip(axes, ("distance of softmax outputs\nto the widest network's", "change of the last hidden features (RMS)")):
         axis.set(xscale="log", yscale="log", xlabel="width n", ylabel=ylabel)
         octaves(axis.xaxis, summary["limit"][0]["widths"][:-1] if axis is axes[0] else summary["limit"][0]["widths"])
-        axis.legend(fontsize=8.5)
+        axis.legend(fontsize=8.5) if axis.get_legend_handles_labels()[1] else None
     figure.suptitle(f"{setting(summary)}; one point per seed", fontsize=10.5)
     return figure
 
@@ -309,7 +313,7 @@ FIGURES = {
 
 
 def draw(out, only=None):
-    """Draws what a result folder can show into <out>/figures as PNG and PDF; returns the paths. ValueError if it holds none."""
+    """Draws what a result folder can show into <out>/figures as PNG and PDF; returns the paths. ValueError without a summary.json."""
     path = Path(out) / "summary.json"
     if not path.exists():
         raise ValueError(f"{path} is not there; run python sweep.py --out {out} first")

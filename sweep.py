@@ -170,7 +170,7 @@ def fit_slope(widths, log_lrs):
     """Least-squares slope of log LR (W,) or (W, B) against log width, over the widths that have one; nan below two."""
     log_widths = np.log(widths)
     have = np.isfinite(log_lrs)
-    if log_lrs.ndim == 2 and not have.all():
+    if log_lrs.ndim == 2 and (len(widths) < 2 or not have.all()):
         return np.array([fit_slope(widths, column) for column in log_lrs.T])
     if log_lrs.ndim == 1 and have.sum() < 2:
         return math.nan
@@ -183,11 +183,11 @@ def bootstrap_weights(seeds, resamples, generator):
     return generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
 
 
-def exponents_of(cells, widths, criterion, lr_step, resamples=2000):
+def exponents_of(cells, widths, criterion, resamples=2000):
     """Optimal and max-stable exponents of one curve with 95 % intervals, from its cells, one per width.
 
     Every resample draws the seeds of each width anew, and within the grid's resolution a point: uniform in log LR within
-    half a step of the optimum, and within the edge's bracket. With few seeds resampling is too narrow by sqrt(S/(S-1))
+    half the distance between the optimum's neighbours, and within the edge's bracket. With few seeds resampling is too narrow by sqrt(S/(S-1))
     (the variance of a mean of S is estimated from S - 1), so the seeds' part of each deviation is widened by that.
 
     Returns {"optimal": (slope, [lo, hi]), "max_stable": (slope, [lo, hi])}, nan where there is none, and the points (W, 4).
@@ -201,7 +201,8 @@ def exponents_of(cells, widths, criterion, lr_step, resamples=2000):
         widen = math.sqrt(seeds / max(1, seeds - 1))
         within = generator.uniform(-0.5, 0.5, (2, resamples))
         middle, edge = (point[2] + point[3]) / 2, (stable + unstable) / 2
-        draws["optimal"].append(point[1] + widen * (best - point[1]) + within[0] * math.log(lr_step))
+        gaps = np.diff(np.log(cell["lr"]))[max(0, point[0] - 1):point[0] + 1]       # to the optimum's neighbours
+        draws["optimal"].append(point[1] + widen * (best - point[1]) + within[0] * gaps.max(initial=0.0))
         draws["max_stable"].append(middle + widen * (edge - middle) + within[1] * (unstable - stable))
         points.append(point)
     points = np.array(points)
@@ -219,7 +220,7 @@ def number(value, digits=None):
     return (round(value, digits) if digits else value) if math.isfinite(value) else None
 
 
-def summarize(rows, curves, widths, seeds, criterion, lr_step, shared):
+def summarize(rows, curves, widths, seeds, criterion, shared):
     """The rows of summary.json, from result rows alone; shared holds the fixed settings."""
     summary = []
     for curve in curves:
@@ -228,17 +229,16 @@ def summarize(rows, curves, widths, seeds, criterion, lr_step, shared):
         cells, present = zip(*[(cell, width) for cell, width in zip(cells, widths) if len(cell["lr"])] or [((), ())])
         if not cells:
             continue
-        fits, points = exponents_of(cells, present, criterion, lr_step)
+        fits, points = exponents_of(cells, present, criterion)
         predicted = alpha - param.max_stable_alpha(parameterization, optimizer, loss, shared["hidden_layers"], shared["trainable"])
         flags = ["one width: no exponent"] if len(present) == 1 else []
         flags += ["one seed: the interval is the grid's resolution"] if seeds == 1 else []
         for (best, optimal, stable, unstable), cell, width in zip(points, cells, present):
             if math.isnan(optimal):
                 flags.append(f"width {width}: every run diverged")
-            elif best in (0, len(cell["lr"]) - 1):
-                flags.append(f"width {width}: optimum at the grid's edge")
-            elif math.isnan(stable):
-                flags.append(f"width {width}: no stable LR")
+            else:
+                flags += [f"width {width}: optimum at the grid's edge"] * (best in (0, len(cell["lr"]) - 1))
+                flags += [f"width {width}: no stable LR"] * math.isnan(stable)
             if not math.isnan(stable) and math.isnan(unstable):
                 flags.append(f"width {width}: nothing unstable up to LR {cell['lr'][-1]:.3g}")
         lrs = np.exp(points[:, 1:])
@@ -369,7 +369,7 @@ def lattice(args):
     if args["lrs"]:
         lrs = sorted(set(args["lrs"]))
         return lrs.__getitem__, 0, len(lrs) - 1, 0
-    octaves = math.log2(args["lr_step"])
+    octaves = round(math.log2(args["lr_step"]), 12)         # sqrt(2) is half an octave, not 0.5000000000000001
     low, high = (round(math.log2(lr) / octaves) for lr in args["lr_range"])
     return lambda k: 2.0 ** (k * octaves), low, high, EXTENSIONS
 
@@ -383,7 +383,7 @@ def wanted(known, low, high, search, extensions, hint=None):
     """
     stride = 1 if search == "grid" else COARSE
     start = set(range(low, high + 1, stride))
-    if hint:
+    if hint and search != "grid":
         start = {k for k in start if hint[0] - 2 * stride < k < hint[1] + 2 * stride} or start
     if not start <= known.keys():
         return start - known.keys()
@@ -391,24 +391,26 @@ def wanted(known, low, high, search, extensions, hint=None):
     ks = sorted(known)
     best = min(ks, key=lambda k: known[k][0])
     above = min((k for k in ks if k > best and not known[k][1]), default=None)      # smallest unstable
-    lowest, highest = low - extensions * COARSE, high + extensions * COARSE
-    want = set()
-    if best == ks[0]:
-        want |= {ks[0] - i for i in range(stride, COARSE + 1, stride)}
-    if known[best][1] and above is None:
-        want |= {ks[-1] + i for i in range(stride, COARSE + 1, stride)}
-    if not want and search != "grid":
-        want = {best - 2, best + 2} - known.keys() or {best - 1, best + 1}
-        if above is not None and known[best][1]:
-            want.add((max(k for k in ks if best <= k < above) + above) // 2)        # halves the edge's bracket
-    return {k for k in want - known.keys() if lowest <= k <= highest}
+
+    def new(points):
+        return {k for k in points - known.keys() if low - extensions * COARSE <= k <= high + extensions * COARSE}
+
+    grown = range(stride, COARSE + 1, stride)
+    want = new({ks[0] - i for i in grown}) if best == ks[0] else set()
+    if best == ks[-1] or (known[best][1] and above is None):
+        want |= new({ks[-1] + i for i in grown})
+    if want or search == "grid" or known[best][0] >= DIVERGED / 1e6:
+        return want
+    edge = set()
+    if above is not None and known[best][1]:
+        edge = {(max(k for k in ks if best <= k < above) + above) // 2}             # halves the edge's bracket
+    return (new({best - 2, best + 2}) or new({best - 1, best + 1})) | new(edge)
 
 
 def run_grid(args, base, curves, device, rows):
     """Runs what is missing, width by width, and appends each stack's rows to runs.jsonl and to rows {id: row}."""
     lr_of, low, high, extensions = lattice(args)
     k_of = {lr_of(k): k for k in range(low - extensions * COARSE, high + extensions * COARSE + 1)}
-    mean = np.full((1, args["seeds"]), 1 / args["seeds"])
     hints, splits = {}, None
     report = progress_line(args, base, len(curves) * args["seeds"], high - low + 1)
     for width in args["widths"]:
@@ -417,9 +419,9 @@ def run_grid(args, base, curves, device, rows):
             missing = []
             for curve in curves:
                 cell = cell_of(rows.values(), curve, width, args["seeds"])
-                loss, stable = stability(cell, mean, args["criterion"]) if len(cell["lr"]) else ([[]], [[]])
-                known = {k_of[lr]: (loss[0][i], stable[0][i]) for i, lr in enumerate(cell["lr"].tolist()) if lr in k_of}
-                points = wanted(known, low, high, args["search"], extensions, hints.get(curve))
+                done = {k_of[lr]: i for i, lr in enumerate(cell["lr"].tolist()) if lr in k_of}
+                known, points = replay(cell, done, args["criterion"],
+                                       lambda known: wanted(known, low, high, args["search"], extensions, hints.get(curve)))
                 if not points and extensions:
                     best = min(known, key=lambda k: known[k][0])
                     hints[curve] = best, max((k for k in known if known[k][1]), default=best)
@@ -436,6 +438,21 @@ def run_grid(args, base, curves, device, rows):
                 rows.update((row["id"], row) for row in done)
                 report(width, len(done))
         report(width, 0, finished=True)
+
+
+def replay(cell, done, criterion, search):
+    """(what the search knows, points it asks for next), the search started anew and shown only what it asked for.
+
+    So it takes the same path whatever else is in the folder, and wherever it was interrupted. done: {k: column of cell}.
+    """
+    known, seeds = {}, len(cell["losses"])
+    while (points := search(known)) and points <= done.keys():
+        shown = sorted(known.keys() | points)
+        columns = [done[k] for k in shown]
+        seen = {**cell, "losses": cell["losses"][:, columns], "accuracies": cell["accuracies"][:, columns]}
+        loss, stable = stability(seen, np.full((1, seeds), 1 / seeds), criterion)
+        known = dict(zip(shown, zip(loss[0], stable[0])))
+    return known, points
 
 
 def runs_of(base, curve, width, lr, seeds):
@@ -524,10 +541,10 @@ def parse(argv=None):
         raise ValueError(f"seeds is {args['seeds']}; it must be at least 1")
     if args["track"] < 0:
         raise ValueError(f"track is {args['track']}; it must be at least 0")
-    if not 1 < args["lr_step"] < math.inf:
-        raise ValueError(f"lr-step is {args['lr_step']}; it must be a number above 1")
-    if not 0 < args["lr_range"][0] < args["lr_range"][1] < math.inf:
-        raise ValueError(f"lr-range is {args['lr_range']}; it must be two positive numbers, the lower one first")
+    if not 1 < args["lr_step"] <= 1000:
+        raise ValueError(f"lr-step is {args['lr_step']}; it must be a number above 1, and at most 1000")
+    if not 1e-30 < args["lr_range"][0] < args["lr_range"][1] < 1e30:
+        raise ValueError(f"lr-range is {args['lr_range']}; it must be two positive numbers, the lower one first, within 1e-30 and 1e30")
     if args["stack"] != "auto" and not (args["stack"].isdigit() and int(args["stack"])):
         raise ValueError(f"stack is {args['stack']!r}; it must be auto or a whole number, at least 1")
     args["stack"] = args["stack"] if args["stack"] == "auto" else int(args["stack"])
@@ -564,7 +581,7 @@ def dry_run(args, base, device):
         run, = runs_of(base, curves_of(args)[-1], width, 1.0, 1)
         runs = len(curves_of(args)) * args["seeds"] * lrs
         parameters, memory = train.replica_size(run)
-        stack = max(len(part) for part in train.stacks([run] * runs, device, args["stack"]))
+        stack = max(len(part) for part in train.stacks([run] * (runs // len(set(args["loss"]))), device, args["stack"]))
         operations = 6.0 * parameters * base["batch_size"] * base["steps"] * runs
         total += operations
         print(f"{width:6} {runs:6} {parameters:11,} {stack:6} {stack * memory / 2 ** 20:10.0f} MiB {operations:11.2e}")
@@ -578,7 +595,9 @@ def main():
     if args["dry_run"]:
         return dry_run(args, base, device)
     with open_folder(args["out"], {**base, "track": args["track"]}):
-        rows = read_rows(args["out"])
+        rows = {key: row for key, row in read_rows(args["out"]).items() if all(row.get(name) == base[name] for name in base)}
+        if args["track"]:
+            read_rows(args["out"], "track*.jsonl")      # drops a half-written last line before anything is appended to it
         if rows:
             print(f"{args['out']}: {len(rows)} runs found, going on", file=sys.stderr)
         try:
@@ -592,7 +611,7 @@ def main():
                    "seconds": round(sum(row["seconds"] for row in found), 1),
                    **{name: base[name] for name in ("model", "data", "hidden_layers", "steps", "base_width")}, "rows": []}
         if len(args["lrs"] or "") != 1:         # one LR alone has no optimum and no edge
-            summary["rows"] = summarize(found, curves, args["widths"], args["seeds"], args["criterion"], args["lr_step"], base)
+            summary["rows"] = summarize(found, curves, args["widths"], args["seeds"], args["criterion"], base)
             print(table(summary["rows"]))
         if args["track"]:
             summary.update(summarize_tracks(found, read_rows(args["out"], "track*.jsonl"), curves, args["widths"], args["seeds"], base))

@@ -51,7 +51,7 @@ import param
 
 Kind = namedtuple("Kind", "type holds words")
 COUNT = Kind(int, lambda v: v >= 1, "a whole number, at least 1")
-WHOLE = Kind(int, lambda v: v >= 0, "a whole number, at least 0")
+WHOLE = Kind(int, lambda v: 0 <= v < 2 ** 63 - 1, "a whole number, at least 0")
 POSITIVE = Kind(float, lambda v: 0 < v < math.inf, "a positive number")
 NONNEGATIVE = Kind(float, lambda v: 0 <= v < math.inf, "a number, at least 0")
 FRACTION = Kind(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
@@ -88,7 +88,7 @@ SETTINGS = {    # name: (default, kind, help)
     "beta1":         (0.9, FRACTION, "Adam: decay of the first moment"),
     "beta2":         (0.95, FRACTION, "Adam: decay of the second moment"),
     "eps":           (1e-8, POSITIVE, "Adam: ε at the base width"),
-    "weight_decay":  (0.0, NONNEGATIVE, "decoupled; lr * weight decay per step does not change with width"),
+    "weight_decay":  (0.0, NONNEGATIVE, "lr * weight decay per step does not change with width; with momentum as in torch.optim.SGD"),
     "clip":          (0.0, NONNEGATIVE, "largest gradient norm over all tensors; 0 is no clipping"),
     "steps":         (200, COUNT, "optimizer steps"),
     "batch_size":    (64, COUNT, "samples a step"),
@@ -351,8 +351,10 @@ def loss_and_derivative(loss, logits, y):
 def stacked_forward(model, names, weights, x):
     """Any model: logits (R, B, C) of x (R, B, ...)."""
     if len(weights[0]) == 1:        # no vmap for a single run
-        return functional_call(model, {name: w[0] for name, w in zip(names, weights)}, (x[0],))[None]
-    return vmap(lambda weights, x: functional_call(model, dict(zip(names, weights)), (x,)))(tuple(weights), x)
+        logits = functional_call(model, {name: w[0] for name, w in zip(names, weights)}, (x[0],))[None]
+    else:
+        logits = vmap(lambda weights, x: functional_call(model, dict(zip(names, weights)), (x,)))(tuple(weights), x)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))      # losses are never taken in bfloat16
 
 
 def gradients(model, names, weights, x, y, loss):
@@ -448,7 +450,8 @@ def stacks(runs, device="cpu", size="auto"):
     """
     groups = {}
     for run in runs:
-        groups.setdefault(tuple(run[name] for name in SETTINGS if name not in PER_REPLICA), []).append(run)
+        shared = tuple(run[name] for name in SETTINGS if name not in PER_REPLICA)
+        groups.setdefault((*shared, run["weight_decay"] > 0), []).append(run)      # decay takes another path, with other rounding
     for group in groups.values():
         parameters, memory = replica_size(group[0])
         if size != "auto":
@@ -616,6 +619,7 @@ def tracker(runs, model, initial, splits, config, tracked):
         initial_logits = [load(module, initial, r)(x) for r in range(len(runs))]
     reference_norms = [{} for _ in runs]
 
+    @torch.autocast(x.device.type, enabled=False)
     def measure(step, alive, weights):
         for position, r in enumerate(alive.tolist()):
             key = {"id": run_id(runs[r]), "step": step}
@@ -730,6 +734,11 @@ def command_line(main):
     except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        print(f"{Path(sys.argv[0]).name}: out of memory; use a smaller width, batch size or --stack", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -738,7 +747,7 @@ def main():
     parser = Parser(description="Train one network and print its result row as JSON.")
     add_flags(parser)
     group = parser.add_argument_group("results")
-    group.add_argument("--out", type=Path, metavar="DIR", help="also append the row to DIR/runs.jsonl")
+    group.add_argument("--out", type=Path, metavar="DIR", help="also write the row to DIR/runs-ID.jsonl")
     group.add_argument("--track", type=int, default=0, metavar="N",
                        help="measure every module in the first 20 steps, then every N-th, into DIR/track.jsonl; 0 is never (default 0)")
     args = vars(parser.parse_args())
@@ -757,7 +766,7 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
         if tracked:
             append_rows(out / "track.jsonl", tracked)
-        append_rows(out / "runs.jsonl", [row])
+        append_rows(out / f"runs-{row['id']}.jsonl", [row])
     print(json.dumps(row, allow_nan=False))
 
 
