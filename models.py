@@ -2,8 +2,10 @@
 
     MLP     the ReLU network of arXiv 2505.22491: no biases by default, flattened input, logits out
 
-Weights are drawn by `param.init_`, so a model may be built on the meta device first: nothing here draws He weights.
+Initial weights are those of nn.Linear until `param.init_` draws them; build on the meta device to skip the first draw.
 Needs torch only and can be copied alone.
+
+    model = MLP(784, width=512, hidden_layers=3, d_out=10)
 """
 import torch
 import torch.nn as nn

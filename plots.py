@@ -9,7 +9,8 @@
     limit         distance of the softmax outputs to the widest network's, and the features' change (Proposition 2)
 
 Figure numbers are those of arXiv 2505.22491. Each function takes the summary.json that sweep.py writes, and returns a
-matplotlib figure. The last four need a sweep with --track. Widths are a sequential colour, curves the colour-blind-safe set of Okabe and Ito.
+matplotlib figure. The last four need a sweep with --track. Widths are a sequential colour, curves the colour-blind-safe
+set of Okabe and Ito.
 Needs numpy and matplotlib only.
 """
 import json
@@ -114,7 +115,8 @@ def exponents(summary):
         edge, predicted = np.sqrt(stable * unstable), row["predicted_max_stable_exponent"]
         legend = []
         if np.isfinite(edge).any():
-            legend.append((axis.errorbar(widths, edge, [edge - stable, unstable - edge], color=colour, fmt="none", capsize=3, elinewidth=1.6),
+            bars = [edge - stable, unstable - edge]
+            legend.append((axis.errorbar(widths, edge, bars, color=colour, fmt="none", capsize=3, elinewidth=1.6),
                            "largest stable LR" + fitted(row, "max_stable")))
             if row["max_stable_exponent"] is not None:
                 axis.plot(widths, fit_line(widths, edge, row["max_stable_exponent"]), color=colour, linewidth=1.2)
@@ -204,9 +206,10 @@ def regimes(summary):
         axis.set(xlabel="α (learning rate ∝ $n^{-α}$)" if i == len(steps) - 1 else "", ylabel="width exponent" if j == 0 else "")
     predicted = [entry["predicted"] for entry in shown if entry["predicted"] is not None]
     axes[0, 0].set_ylim(min(predicted) - 0.25, min(max(predicted), 1.6) + 0.75)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8.5, title="lines: predicted\npoints: measured")
-    figure.suptitle(f"{setting(summary)}, {NAMES[first['param']]}, {NAMES[first['optimizer']]}, learning rate {first['lr']:g} (n / {summary['base_width']})$^{{-α}}$",
-                    fontsize=10.5)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8.5,
+                  title="lines: predicted\npoints: measured")
+    rate = f"learning rate {first['lr']:g} (n / {summary['base_width']})$^{{-α}}$"
+    figure.suptitle(f"{setting(summary)}, {NAMES[first['param']]}, {NAMES[first['optimizer']]}, {rate}", fontsize=10.5)
     return figure
 
 
@@ -235,7 +238,8 @@ def updates(summary):
                     if entry["exponent"] is not None:
                         mean = np.where(ok, np.exp(np.log(np.where(values > 0, values, 1)).mean(0)), np.nan)
                         axis.plot(widths, fit_line(widths, mean, entry["exponent"]), color=colour,
-                                  label=f"α = {entry['alpha']:g}: {entry['exponent']:+.2f} ({entry['predicted']:+.2f})".replace("-", "−"))
+                                  label=f"α = {entry['alpha']:g}: {entry['exponent']:+.2f} ({entry['predicted']:+.2f})"
+                                  .replace("-", "−"))
         axis.set(xscale="log", yscale="log", xlabel="width n" if i == 1 or j == 0 else "")
         octaves(axis.xaxis, entries[0]["widths"])
         axis.set_visible(bool(axis.lines))
@@ -247,7 +251,8 @@ def updates(summary):
         axis.set_title(f"{name}: {'ΔW x' if kind == 'effective' else 'W₀ Δx'}")
     axes[0, 0].set_ylabel("RMS, effective update")
     axes[1, min(1, len(layers) - 1)].set_ylabel("RMS, propagating update")
-    figure.suptitle(f"{NAMES[keys[0][0]]}, {NAMES[keys[0][1]]}, {NAMES[keys[0][2]]}, after one step. Exponent measured (predicted)", fontsize=10.5)
+    names = ", ".join(NAMES[value] for value in keys[0][:3])
+    figure.suptitle(f"{names}, after one step. Exponent measured (predicted)", fontsize=10.5)
     return figure
 
 

@@ -37,18 +37,19 @@ PRESETS = {     # name: {scale: flags}
         "cpu": dict(hidden_layers=4, steps=100, widths=[64, 128, 256, 512, 1024], loss=["ce", "mse"], seeds=3),
         "paper": dict(widths=[256, 512, 1024, 2048, 4096], loss=["ce", "mse"], seeds=4, hidden_layers=7, steps=937)},
     "optimal_lr": {
-        "cpu": dict(data="fashion_mnist", hidden_layers=7, steps=150, batch_size=128, widths=[128, 256, 512, 1024], loss=["ce", "mse"], seeds=3,
-                    lr_range=[2 ** -9, 1.0], stable_if="accuracy"),
+        "cpu": dict(data="fashion_mnist", hidden_layers=7, steps=150, batch_size=128, widths=[128, 256, 512, 1024],
+                    loss=["ce", "mse"], seeds=3, lr_range=[2 ** -9, 1.0], stable_if="accuracy"),
         "paper": dict(data="mnist", hidden_layers=7, steps=937, widths=[256, 512, 1024, 2048, 4096, 8192, 16384],
                       loss=["ce", "mse"], seeds=4, lr_range=[2 ** -12, 4.0], stable_if="accuracy")},
     "regimes": {
-        "cpu": dict(loss=["ce", "mse"], alpha=[-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25], widths=[128, 256, 512, 1024], lrs=[0.005], readout_scale=0.05,
-                    steps=4, seeds=3, track=1),
+        "cpu": dict(loss=["ce", "mse"], alpha=[-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25], widths=[128, 256, 512, 1024],
+                    lrs=[0.005], readout_scale=0.05, steps=4, seeds=3, track=1),
         "paper": dict(loss=["ce", "mse"], alpha=[-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25], widths=[256, 512, 1024, 2048, 4096],
                       hidden_layers=7, lrs=[0.005], readout_scale=0.05, steps=10, seeds=4, track=1)},
     "limit": {
         "cpu": dict(alpha=[0.5, 1.0], widths=[128, 256, 512, 1024], lrs=[0.1], steps=100, seeds=3, track=10),
-        "paper": dict(alpha=[0.5, 1.0], widths=[256, 512, 1024, 2048, 4096, 8192], hidden_layers=7, lrs=[0.1], steps=937, seeds=4, track=50)},
+        "paper": dict(alpha=[0.5, 1.0], widths=[256, 512, 1024, 2048, 4096, 8192], hidden_layers=7, lrs=[0.1], steps=937,
+                      seeds=4, track=50)},
 }
 CRITERIA = {    # name: (default X, stable(mean final train loss, mean train accuracy, lowest mean loss, chance loss, X), words)
     "chance": (1.0, lambda loss, accuracy, best, chance, x: loss < x * chance, "loss below X times a constant predictor's"),
@@ -105,7 +106,8 @@ def open_folder(out, fixed):
         before = json.loads(config.read_text())
         changed = [name for name in fixed if before.get(name) != fixed[name]]
         if changed:
-            raise ValueError(f"{out} holds runs with {changed[0]} = {before.get(changed[0])!r}, not {fixed[changed[0]]!r}; use another --out")
+            raise ValueError(f"{out} holds runs with {changed[0]} = {before.get(changed[0])!r}, not {fixed[changed[0]]!r}; "
+                             "use another --out")
     else:
         write_json(config, fixed)
     return file
@@ -187,8 +189,8 @@ def exponents_of(cells, widths, criterion, resamples=2000):
     """Optimal and max-stable exponents of one curve with 95 % intervals, from its cells, one per width.
 
     Every resample draws the seeds of each width anew, and within the grid's resolution a point: uniform in log LR within
-    half the distance between the optimum's neighbours, and within the edge's bracket. With few seeds resampling is too narrow by sqrt(S/(S-1))
-    (the variance of a mean of S is estimated from S - 1), so the seeds' part of each deviation is widened by that.
+    half a step to the optimum's neighbours, and within the edge's bracket. With few seeds resampling is too narrow by
+    sqrt(S/(S-1)) (the variance of a mean of S is estimated from S - 1), so the seeds' part of each deviation is widened by that.
 
     Returns {"optimal": (slope, [lo, hi]), "max_stable": (slope, [lo, hi])}, nan where there is none, and the points (W, 4).
     """
@@ -252,8 +254,8 @@ def summarize(rows, curves, widths, seeds, criterion, shared):
             "predicted_max_stable_exponent": number(predicted),
             "best_train_accuracy": [number(cell["accuracies"].mean(0).max()) for cell in cells],
             "chance_loss": cells[0]["chance"], "flags": flags,
-            "curves": [{"lr": cell["lr"].tolist(), "train_loss": [[number(v) if v < DIVERGED else None for v in line] for line in cell["losses"]]}
-                       for cell in cells],
+            "curves": [{"lr": cell["lr"].tolist(),
+                        "train_loss": [[number(v) if v < DIVERGED else None for v in line] for line in cell["losses"]]} for cell in cells],
         })
     return summary
 
@@ -307,7 +309,8 @@ def summarize_tracks(rows, tracks, curves, widths, seeds, shared):
                     for seed in range(seeds)]
 
         key = {**dict(zip(CURVE, curve)), "lr": lr, "widths": list(widths)}
-        summary["updates"] += [{**key, "module": names[entry["layer"]], **entry} for entry in update_exponents(values, curve, widths, shared)]
+        for entry in update_exponents(values, curve, widths, shared):
+            summary["updates"].append({**key, "module": names[entry["layer"]], **entry})
         for layer, kind in itertools.product(range(shared["hidden_layers"] + 1), ("operator_update", "operator_propagating")):
             course = [np.array(values(step, layer, kind), dtype=float).mean(0) for step in steps]               # [T] (W,)
             summary["alignment"].append({**key, "layer": layer, "module": names[layer], "kind": kind, "steps": steps,
@@ -515,7 +518,8 @@ def parse(argv=None):
     group.add_argument("--lr-range", type=float, nargs=2, metavar=("LO", "HI"),
                        help="range of LRs; grows where the optimum or the edge lies outside (default 2^-8 2^3)")
     group.add_argument("--lr-step", type=float, default=math.sqrt(2), metavar="F", help="ratio of neighbouring LRs (default sqrt 2)")
-    group.add_argument("--search", default="coarse-to-fine", choices=("coarse-to-fine", "grid"), help="LRs to run (default coarse-to-fine)")
+    group.add_argument("--search", default="coarse-to-fine", choices=("coarse-to-fine", "grid"),
+                       help="LRs to run (default coarse-to-fine)")
     group.add_argument("--stable-if", default="chance", metavar="NAME[=X]",
                        help="; ".join(f"{name} (X = {x:g}): {words}" for name, (x, _, words) in CRITERIA.items()) + " (default chance)")
     group.add_argument("--track", type=int, default=0, metavar="N",

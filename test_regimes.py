@@ -658,12 +658,39 @@ def test_coarse_to_fine_finds_the_full_grids_optimum_and_edge_with_at_most_half_
     assert runs["coarse-to-fine"] <= runs["grid"] / 2
 
 
+@pytest.mark.parametrize("kind", ["grid", "coarse-to-fine"])
+def test_the_search_ends_with_the_same_points_wherever_it_was_cut_and_whatever_else_is_there(kind):
+    generator = np.random.default_rng(0)
+
+    def finish(landscape, done, cut=False):
+        while True:
+            ks = sorted(done)
+            losses = np.array([[landscape[k] for k in ks]])
+            cell = {"lr": 2.0 ** (np.array(ks) / 2), "losses": losses, "accuracies": 0 * losses, "chance": 9.0}
+            known, points = sweep.replay(cell, {k: i for i, k in enumerate(ks)}, ("best+1", 1.0),
+                                         lambda known: sweep.wanted(known, -16, 6, kind, sweep.EXTENSIONS))
+            missing = sorted(points - done)
+            if not missing:
+                return set(known)
+            done |= set(generator.choice(missing, generator.integers(1, len(missing) + 1), replace=False).tolist() if cut else missing)
+
+    for _ in range(40):
+        optimum, edge = generator.uniform(-20, 8), generator.uniform(1, 5)
+        landscape = {k: 0.3 + 0.01 * (k - optimum) ** 2 + generator.normal(0, 0.05) if k < optimum + edge else sweep.DIVERGED
+                     for k in range(-100, 100)}
+        whole = finish(landscape, set())
+        assert finish(landscape, set(), cut=True) == whole
+        assert finish(landscape, {-17, -5, -3, 0, 2, 30}, cut=True) == whole
+
+
 def test_a_grid_grows_where_the_optimum_lies_outside():
     for kind in ("grid", "coarse-to-fine"):
         for optimum in (-30, 14):
             runs, best, edge = search(kind, lambda k: (abs(k - optimum) + 0.1, k < optimum + 3), -16, 6)
             assert best == optimum and edge == optimum + 2
         assert search(kind, lambda k: (-k, True), -4, 4)[0] < 100       # no bound at all: it ends
+        runs, best, _ = search(kind, lambda k: (abs(k - 3.3), True), -16, 6)
+        assert best == 3        # refined although nothing is unstable
         assert not sweep.wanted({k: (sweep.DIVERGED, False) for k in range(-100, 100)}, -16, 6, kind, sweep.EXTENSIONS)
 
 
