@@ -71,6 +71,13 @@ def fit_line(widths, values, exponent):
     return np.exp(centre + exponent * np.log(widths))
 
 
+def geometric_mean(entry):
+    """(W,) mean over the seeds of a tracked quantity; nan where a seed has no positive value."""
+    values = np.array([floats(line) for line in entry["values"]])           # (S, W)
+    ok = (np.isfinite(values) & (values > 0)).all(0)
+    return np.where(ok, np.exp(np.log(np.where(values > 0, values, 1.0)).mean(0)), np.nan)
+
+
 def lr_transfer(summary):
     """Loss against LR (top) and against LR x (n / n0)^(predicted exponent) (bottom), one column per curve."""
     rows = curves(summary)
@@ -107,7 +114,7 @@ def lr_transfer(summary):
 
 
 def exponents(summary):
-    """Optimal LR (filled) and the bracket of the largest stable one (bars) against width, one panel per curve."""
+    """Optimal LR (circles) and the bracket of the largest stable one (bars) against width, one panel per curve."""
     rows = curves(summary)
     figure, axes = plt.subplots(1, len(rows), figsize=(3.7 * len(rows) + 0.4, 3.9), sharey=True, squeeze=False)
     for axis, row, colour in zip(axes[0], rows, np.resize(COLOURS, len(rows))):
@@ -213,12 +220,13 @@ def regimes(summary):
     return figure
 
 
-def of_curve(entry, key):
-    return all(entry[name] == value for name, value in zip(("loss", "param", "optimizer", "alpha", "lr"), key))
+def curve_key(entry):
+    """What tells one tracked curve from another."""
+    return tuple(entry[name] for name in ("loss", "param", "optimizer", "alpha", "lr"))
 
 
 def curve_keys(entries):
-    return list(dict.fromkeys(tuple(entry[name] for name in ("loss", "param", "optimizer", "alpha", "lr")) for entry in entries))
+    return list(dict.fromkeys(map(curve_key, entries)))
 
 
 def updates(summary):
@@ -231,12 +239,10 @@ def updates(summary):
         axis = axes[i, j]
         for key, colour in zip(keys, COLOURS):
             for entry in entries:
-                if of_curve(entry, key) and (entry["kind"], entry["layer"]) == (kind, layer):
-                    widths, values = floats(entry["widths"]), np.array([floats(line) for line in entry["values"]])
-                    ok = (np.isfinite(values) & (values > 0)).all(0)
-                    axis.plot(widths[ok], np.exp(np.log(values[:, ok]).mean(0)), "o", color=colour, markersize=4)
+                if (curve_key(entry), entry["kind"], entry["layer"]) == (key, kind, layer):
+                    widths, mean = floats(entry["widths"]), geometric_mean(entry)
+                    axis.plot(widths[np.isfinite(mean)], mean[np.isfinite(mean)], "o", color=colour, markersize=4)
                     if entry["exponent"] is not None:
-                        mean = np.where(ok, np.exp(np.log(np.where(values > 0, values, 1)).mean(0)), np.nan)
                         axis.plot(widths, fit_line(widths, mean, entry["exponent"]), color=colour,
                                   label=f"α = {entry['alpha']:g}: {entry['exponent']:+.2f} ({entry['predicted']:+.2f})"
                                   .replace("-", "−"))
@@ -259,7 +265,7 @@ def updates(summary):
 def alignment(summary):
     """Operator-norm alignment of ΔW with x, and of W0 with Δx, over training steps; one line per width."""
     key = curve_keys(summary["alignment"])[0]
-    entries = [entry for entry in summary["alignment"] if of_curve(entry, key)]
+    entries = [entry for entry in summary["alignment"] if curve_key(entry) == key]
     layers = sorted({entry["layer"] for entry in entries})
     figure, axes = plt.subplots(2, len(layers), figsize=(2.6 * len(layers) + 0.9, 4.8), sharex=True, sharey=True, squeeze=False)
     shades = plt.get_cmap("viridis_r")(np.linspace(0.12, 1.0, len(entries[0]["widths"])))
@@ -286,17 +292,17 @@ def limit(summary):
     figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.7))
     for key, colour in zip(curve_keys(summary["limit"]), COLOURS):
         label = f"{NAMES[key[0]]}, α = {key[3]:g}"
-        change, = [entry for entry in summary["updates"] if of_curve(entry, key) and entry["step"] == summary["steps"]
-                   and (entry["kind"], entry["layer"]) == ("features", summary["hidden_layers"] - 1)]
-        distance, = [entry for entry in summary["limit"] if of_curve(entry, key)]
+        last = key, summary["steps"], "features", summary["hidden_layers"] - 1
+        change, = [entry for entry in summary["updates"] if (curve_key(entry), entry["step"], entry["kind"], entry["layer"]) == last]
+        distance, = [entry for entry in summary["limit"] if curve_key(entry) == key]
         for axis, entry, cut in ((axes[0], distance, -1), (axes[1], change, None)):
-            widths, values = floats(entry["widths"])[:cut], np.array([floats(line) for line in entry["values"]])[:, :cut]
-            ok = (np.isfinite(values) & (values > 0)).all(0)
+            widths, mean = floats(entry["widths"])[:cut], geometric_mean(entry)[:cut]
+            ok = np.isfinite(mean)
             if ok.sum() > 1:
-                slope = np.polyfit(np.log(widths[ok]), np.log(values[:, ok]).mean(0), 1)[0]
-                mean = np.exp(np.log(values[:, ok]).mean(0))
-                axis.plot(np.tile(widths[ok], len(values)), values[:, ok].ravel(), "o", color=colour, markersize=3, alpha=0.5)
-                axis.plot(widths[ok], fit_line(widths[ok], mean, slope), color=colour, label=f"{label}: {power(slope)}")
+                slope = np.polyfit(np.log(widths[ok]), np.log(mean[ok]), 1)[0]
+                for line in entry["values"]:
+                    axis.plot(widths[ok], floats(line)[:cut][ok], "o", color=colour, markersize=3, alpha=0.5)
+                axis.plot(widths[ok], fit_line(widths[ok], mean[ok], slope), color=colour, label=f"{label}: {power(slope)}")
     for axis, ylabel in zip(axes, ("distance of softmax outputs\nto the widest network's", "change of the last hidden features (RMS)")):
         axis.set(xscale="log", yscale="log", xlabel="width n", ylabel=ylabel)
         octaves(axis.xaxis, summary["limit"][0]["widths"][:-1] if axis is axes[0] else summary["limit"][0]["widths"])

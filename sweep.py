@@ -65,8 +65,13 @@ EXTENSIONS = 6          # coarse steps by which a grid may grow beyond either en
 # ------------------------------------------------------------------------------------------------------------------
 # Result files
 
+def key_of(row):
+    """What identifies a row: a run's id, or (id, step, layer) of a tracked module."""
+    return (row["id"], row["step"], row["layer"]) if "step" in row else row["id"]
+
+
 def read_rows(out, files="runs*.jsonl"):
-    """{id: row} of every runs*.jsonl in a folder, or {(id, step, layer): row} of its track*.jsonl.
+    """{key: row} of every runs*.jsonl in a folder, or of its track*.jsonl.
 
     A last line without its end was cut by a kill: dropped, with a word. ValueError names any other line that is no row.
     """
@@ -80,7 +85,7 @@ def read_rows(out, files="runs*.jsonl"):
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 row = json.loads(line)
-                rows[(row["id"], row["step"], row["layer"]) if "step" in row else row["id"]] = row
+                rows[key_of(row)] = row
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path}:{number} is not a result row; remove that line, or use another --out") from None
     return rows
@@ -216,10 +221,9 @@ def exponents_of(cells, widths, criterion, resamples=2000):
     return result, points
 
 
-def number(value, digits=None):
+def number(value):
     """A JSON number, or None for nan and infinity."""
-    value = float(value)
-    return (round(value, digits) if digits else value) if math.isfinite(value) else None
+    return float(value) if math.isfinite(value) else None
 
 
 def summarize(rows, curves, widths, seeds, criterion, shared):
@@ -410,8 +414,8 @@ def wanted(known, low, high, search, extensions, hint=None):
     return (new({best - 2, best + 2}) or new({best - 1, best + 1})) | new(edge)
 
 
-def run_grid(args, base, curves, device, rows):
-    """Runs what is missing, width by width, and appends each stack's rows to runs.jsonl and to rows {id: row}."""
+def run_grid(args, base, curves, device, rows, tracks):
+    """Runs what is missing, width by width, and appends each stack's rows to the files and to rows and tracks {key: row}."""
     lr_of, low, high, extensions = lattice(args)
     k_of = {lr_of(k): k for k in range(low - extensions * COARSE, high + extensions * COARSE + 1)}
     hints, splits = {}, None
@@ -432,13 +436,14 @@ def run_grid(args, base, curves, device, rows):
                             if train.run_id(run) not in rows]
             for stack in train.stacks(missing, device, args["stack"]):
                 if splits is None:
-                    splits = load_splits(args, base, device)
+                    splits = train.load_splits(base, args["data_dir"], device)
                 tracked = []
                 done = train.train(stack, splits, device, track=args["track"], tracked=tracked)
                 if tracked:     # first, so that a run whose row is there is tracked; a reader takes the newer of two
                     train.append_rows(args["out"] / "track.jsonl", tracked)
                 train.append_rows(args["out"] / "runs.jsonl", done)
-                rows.update((row["id"], row) for row in done)
+                rows.update((key_of(row), row) for row in done)
+                tracks.update((key_of(row), row) for row in tracked)
                 report(width, len(done))
         report(width, 0, finished=True)
 
@@ -460,11 +465,6 @@ def replay(cell, done, criterion, search):
 
 def runs_of(base, curve, width, lr, seeds):
     return [train.configure({**base, **dict(zip(CURVE, curve)), "width": width, "lr": lr, "seed": seed}) for seed in range(seeds)]
-
-
-def load_splits(args, base, device):
-    dtype = torch.float64 if base["dtype"] == "float64" else torch.float32
-    return train.load_data(base["data"], args["data_dir"], device, dtype, base["train_size"], base["val_size"], base["data_seed"])
 
 
 def progress_line(args, base, runs_per_lr, lrs):
@@ -508,7 +508,7 @@ def criterion(text):
 
 def parse(argv=None):
     """(args, fixed settings of every run); a preset replaces defaults, flags on the command line replace both."""
-    parser = train.Parser(description=__doc__.splitlines()[0], formatter_class=train.argparse.RawDescriptionHelpFormatter)
+    parser = train.Parser(description=__doc__.splitlines()[0])
     group = parser.add_argument_group("sweep")
     group.add_argument("--preset", default="headline", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default headline)")
     group.add_argument("--scale", default="cpu", choices=("cpu", "paper"), help="cpu: two cores; paper: the paper's sizes (default cpu)")
@@ -522,13 +522,11 @@ def parse(argv=None):
                        help="LRs to run (default coarse-to-fine)")
     group.add_argument("--stable-if", default="chance", metavar="NAME[=X]",
                        help="; ".join(f"{name} (X = {x:g}): {words}" for name, (x, _, words) in CRITERIA.items()) + " (default chance)")
-    group.add_argument("--track", type=int, default=0, metavar="N",
-                       help="measure every module in the first 20 steps, then every N-th, into track.jsonl; 0 is never (default 0)")
     group.add_argument("--out", metavar="DIR", help="result folder (default out/PRESET)")
     group.add_argument("--no-plots", action="store_true", help="no figures")
     group.add_argument("--dry-run", action="store_true", help="say what would be run, and run nothing")
-    train.add_flags(parser, several=CURVE, without=("width", "lr", "seed"))
     group.add_argument("--stack", default="auto", metavar="N", help="most replicas trained at once (default auto)")
+    train.add_flags(parser, several=CURVE, without=("width", "lr", "seed"))
 
     chosen, _ = parser.parse_known_args(argv)
     if chosen.preset not in PRESETS:
@@ -600,12 +598,11 @@ def main():
         return dry_run(args, base, device)
     with open_folder(args["out"], {**base, "track": args["track"]}):
         rows = {key: row for key, row in read_rows(args["out"]).items() if all(row.get(name) == base[name] for name in base)}
-        if args["track"]:
-            read_rows(args["out"], "track*.jsonl")      # drops a half-written last line before anything is appended to it
+        tracks = read_rows(args["out"], "track*.jsonl") if args["track"] else {}
         if rows:
             print(f"{args['out']}: {len(rows)} runs found, going on", file=sys.stderr)
         try:
-            run_grid(args, base, curves_of(args), device, rows)
+            run_grid(args, base, curves_of(args), device, rows, tracks)
         except KeyboardInterrupt:
             print(f"\ninterrupted: {len(rows)} finished runs are kept in {args['out']}; the same command goes on", file=sys.stderr)
             raise
@@ -618,7 +615,7 @@ def main():
             summary["rows"] = summarize(found, curves, args["widths"], args["seeds"], args["criterion"], base)
             print(table(summary["rows"]))
         if args["track"]:
-            summary.update(summarize_tracks(found, read_rows(args["out"], "track*.jsonl"), curves, args["widths"], args["seeds"], base))
+            summary.update(summarize_tracks(found, tracks, curves, args["widths"], args["seeds"], base))
             print(update_table(summary["updates"]))
         write_json(args["out"] / "summary.json", summary)
     if not args["no_plots"]:

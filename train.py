@@ -266,6 +266,16 @@ def load_data(name, root=None, device="cpu", dtype=torch.float32, train_size=20_
     return Splits(x.to(device, dtype), y.to(device), x_val.to(device, dtype), y_val.to(device), classes)
 
 
+def weight_dtype(config):
+    """bfloat16 is autocast's: weights and data stay float32."""
+    return torch.float64 if config["dtype"] == "float64" else torch.float32
+
+
+def load_splits(config, data_dir, device):
+    """The data of a run's configuration; fixed settings of a sweep will do."""
+    return load_data(config["data"], data_dir, device, weight_dtype(config), config["train_size"], config["val_size"], config["data_seed"])
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Losses: logits (..., C), targets (...) -> loss per sample (...)
 
@@ -537,14 +547,14 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
     for name in config:
         if name not in PER_REPLICA and any(run[name] != config[name] for run in runs):
             raise ValueError(f"runs of one stack must share {name}; only {', '.join(PER_REPLICA)} may differ")
-    dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
     if splits is None:
-        splits = load_data(config["data"], data_dir, device, dtype, config["train_size"], config["val_size"], config["data_seed"])
+        splits = load_splits(config, data_dir, device)
     if config["batch_size"] > len(splits.x):
         raise ValueError(f"batch_size is {config['batch_size']}; it must be at most the {len(splits.x)} training samples")
 
     model, base, roles = build(config)
     advance, forward = optimizer_step(config, model)
+    dtype = weight_dtype(config)
     stack = stack_runs(runs, model, base, roles, device, dtype)
     measure = tracker(runs, model, stack["weights"], splits, config, tracked) if track else None
     seeds = sorted({run["seed"] for run in runs})
@@ -614,15 +624,16 @@ def tracker(runs, model, initial, splits, config, tracked):
 
     initial = [w.clone() for w in initial]
     module = copy.deepcopy(model)       # takes each replica's weights in turn
-    references = [metrics.capture(load(module, initial, r), x) for r in range(len(runs))]
+    ids, reference_norms, references, initial_logits = [run_id(run) for run in runs], [{} for _ in runs], [], []
     with torch.no_grad():
-        initial_logits = [load(module, initial, r)(x) for r in range(len(runs))]
-    reference_norms = [{} for _ in runs]
+        for r in range(len(runs)):
+            references.append(metrics.capture(load(module, initial, r), x))
+            initial_logits.append(module(x))
 
     @torch.autocast(x.device.type, enabled=False)
     def measure(step, alive, weights):
         for position, r in enumerate(alive.tolist()):
-            key = {"id": run_id(runs[r]), "step": step}
+            key = {"id": ids[r], "step": step}
             layers = metrics.updates(load(module, weights, position), references[r], x)
             per_module = [metrics.refined_coordinate_check(module, references[r], x, layers),
                           metrics.alignment(module, references[r], x, layers, reference_norms[r]),
@@ -700,17 +711,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser, several=(), without=()):
-    """A flag for every setting, but those in `without`; those in `several` take a list. Then the machine's flags."""
+    """A flag for every setting, but those in `without`; those in `several` take a list. Then what both scripts share."""
     group = parser.add_argument_group("settings of a run")
     for name, (default, kind, text) in SETTINGS.items():
         flag, words = "--" + name.replace("_", "-"), f"{text}: {kind.words} (default {default})".replace("%", "%%")
         if kind is FLAG:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
-        elif name in several:
-            group.add_argument(flag, type=kind.type, nargs="+", default=[default], metavar="NAME", help=words)
         elif name not in without:
-            group.add_argument(flag, type=kind.type, default=default, metavar={str: "NAME", int: "N", float: "X"}[kind.type], help=words)
-    group = parser.add_argument_group("machine")
+            listed = {"nargs": "+", "default": [default]} if name in several else {"default": default}
+            group.add_argument(flag, type=kind.type, metavar={str: "NAME", int: "N", float: "X"}[kind.type], help=words, **listed)
+    group = parser.add_argument_group("measurements and machine")
+    group.add_argument("--track", type=int, default=0, metavar="N",
+                       help="measure every module in the first 20 steps, then every N-th, into track.jsonl of --out; 0 is never (default 0)")
     group.add_argument("--data-dir", metavar="DIR", help="folder of the data files (default $DATA_DIR, ./data)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
 
@@ -748,8 +760,6 @@ def main():
     add_flags(parser)
     group = parser.add_argument_group("results")
     group.add_argument("--out", type=Path, metavar="DIR", help="also write the row to DIR/runs-ID.jsonl")
-    group.add_argument("--track", type=int, default=0, metavar="N",
-                       help="measure every module in the first 20 steps, then every N-th, into DIR/track.jsonl; 0 is never (default 0)")
     args = vars(parser.parse_args())
     device, data_dir, out, track = (args.pop(name) for name in ("device", "data_dir", "out", "track"))
     config, tracked = configure(args), []
