@@ -27,8 +27,11 @@ import hashlib
 import io
 import json
 import math
+import pickle
+import platform
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import time
 import urllib.request
@@ -67,14 +70,21 @@ def one_of(*names):
 DATASETS = {"multi_index": (100, 2), "mnist": (784, 10), "fashion_mnist": (784, 10), "cifar10": (3072, 10)}    # (D, C)
 
 SETTINGS = {    # name: (default, kind, help)
-    "model":         ("mlp", one_of("mlp"), "network"),
+    "model":         ("mlp", one_of("mlp", "gpt"), "network"),
     "width":         (256, COUNT, "hidden units"),
     "base_width":    (256, COUNT, "width at which all parameterizations coincide"),
     "hidden_layers": (3, COUNT, "hidden activations; 7 is the paper's 8-layer MLP"),
     "activation":    ("relu", one_of(*models.ACTIVATIONS), "nonlinearity"),
     "bias":          (False, FLAG, "biases, initially zero"),
+    "layers":        (2, COUNT, "gpt: decoder layers"),
+    "context":       (64, COUNT, "gpt: tokens of a sample"),
+    "head_dim":      (32, COUNT, "gpt: size of an attention head, at every width"),
+    "norm_affine":   (True, FLAG, "gpt: trainable gains of LayerNorm"),
+    "qk_norm":       (True, FLAG, "gpt: LayerNorm on queries and keys"),
     "trainable":     ("all", one_of(*param.TRAINABLE), "readout: random features"),
-    "data":          ("multi_index", one_of(*DATASETS), "data set"),
+    "data":          ("multi_index", TEXT, f"{', '.join(DATASETS)}; gpt: stdlib (Python's own sources as bytes), or a file or folder of "
+                      "text or .bin tokens"),
+    "vocab_size":    (0, WHOLE, "gpt: tokens; 0 is as many as the data has"),
     "train_size":    (20_000, COUNT, "multi_index: training samples"),
     "val_size":      (1_000, COUNT, "validation samples (of a file's test split, the first so many)"),
     "data_seed":     (0, WHOLE, "multi_index: seed of the samples"),
@@ -92,10 +102,16 @@ SETTINGS = {    # name: (default, kind, help)
     "clip":          (0.0, NONNEGATIVE, "largest gradient norm over all tensors; 0 is no clipping"),
     "steps":         (200, COUNT, "optimizer steps"),
     "batch_size":    (64, COUNT, "samples a step"),
+    "accumulate":    (1, COUNT, "gradient accumulation: parts into which each batch is cut"),
     "warmup":        (0, WHOLE, "steps of linear warmup"),
     "decay":         ("none", one_of("none", "cosine"), "cosine: to a tenth of the LR at the last step"),
     "seed":          (0, WHOLE, "seed of initialization and data order"),
     "dtype":         ("float32", one_of("float32", "float64", "bfloat16"), "bfloat16: float32 weights under autocast"),
+}
+DEFAULTS = {    # (model, optimizer): the defaults that differ there; the GPT's are the paper's
+    ("gpt", "sgd"):  dict(data="stdlib", base_width=64, batch_size=16, val_size=64, decay="cosine", warmup=10),
+    ("gpt", "adam"): dict(data="stdlib", base_width=64, batch_size=16, val_size=64, decay="cosine", warmup=10,
+                          eps=1e-12, weight_decay=0.1, clip=1.0),
 }
 # What may differ within one stack; everything else is shape, data, loss or schedule.
 PER_REPLICA = ("lr", "seed", "param", "alpha", "weight_decay", "eps", "trainable", "readout_scale")
@@ -106,9 +122,11 @@ def configure(run):
     unknown = [name for name in run if name not in SETTINGS]
     if unknown:
         raise ValueError(f"unknown setting {unknown[0]!r}; choose from {', '.join(SETTINGS)}")
+    defaults = {name: default for name, (default, _, _) in SETTINGS.items()}
+    defaults.update(DEFAULTS.get(tuple(run.get(name, defaults[name]) for name in ("model", "optimizer")), {}))
     config = {}
-    for name, (default, kind, _) in SETTINGS.items():
-        value = run.get(name, default)
+    for name, (_, kind, _) in SETTINGS.items():
+        value = run.get(name, defaults[name])
         number = kind.type in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
         value = float(value) if number and kind.type is float else value
         if not (isinstance(value, kind.type) and (kind.type is not int or number) and kind.holds(value)):
@@ -116,6 +134,14 @@ def configure(run):
         config[name] = value
     if config["warmup"] > config["steps"]:
         raise ValueError(f"warmup is {config['warmup']}, longer than the run; it must be at most steps = {config['steps']}")
+    if config["batch_size"] % config["accumulate"]:
+        raise ValueError(f"batch_size is {config['batch_size']}; it must be a multiple of accumulate = {config['accumulate']}")
+    if (config["model"] == "gpt") == (config["data"] in DATASETS):
+        raise ValueError(f"data is {config['data']!r}; " + (f"for model {config['model']} it must be one of {', '.join(DATASETS)}"
+                         if config["model"] != "gpt" else "for model gpt it must be stdlib, or a file or folder of text or tokens"))
+    for name in ("width", "base_width") if config["model"] == "gpt" else ():
+        if config[name] % config["head_dim"]:
+            raise ValueError(f"{name} is {config[name]}; for model gpt it must be a multiple of head_dim = {config['head_dim']}")
     return config
 
 
@@ -127,7 +153,7 @@ def run_id(config):
 # ------------------------------------------------------------------------------------------------------------------
 # Data
 
-Splits = namedtuple("Splits", "x y x_val y_val classes")        # x (N, D) float, y (N,) int64, all on one device
+Splits = namedtuple("Splits", "x y x_val y_val classes")    # x (N, D) float, y (N,) int64, on one device; text: x Tokens, y None
 
 _IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _CIFAR = tuple(f"data_batch_{i}.bin" for i in range(1, 6)) + ("test_batch.bin",)
@@ -242,8 +268,109 @@ def _read_images(name, root):
     return [(images.reshape(len(images), -1), labels) for images, labels in splits]
 
 
+Piece = namedtuple("Piece", "path dtype offset count")      # count tokens of a file, from a byte offset
+
+
+class Tokens:
+    """The tokens of many files end to end, memory-mapped: windows(starts, length) reads nothing else."""
+
+    def __init__(self, pieces, vocabulary):
+        self.pieces, self.vocabulary = pieces, vocabulary
+        self.ends = np.cumsum([piece.count for piece in pieces])
+        self._map = functools.lru_cache(256)(       # fewer than a process may hold open
+            lambda i: np.memmap(pieces[i].path, pieces[i].dtype, "r", pieces[i].offset, (pieces[i].count,)))
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def windows(self, starts, length):
+        """Tokens (..., length), int64 on the CPU, from positions starts (...). ValueError on a token outside the vocabulary."""
+        rows = np.stack([self._window(start, length) for start in starts.flatten().tolist()]).astype(np.int64)
+        if rows.max() >= self.vocabulary:
+            raise ValueError(f"token {rows.max()} in {self.pieces[0].path} or its neighbours is outside the vocabulary of "
+                             f"{self.vocabulary}; give --vocab-size, or 0 to find it")
+        return torch.from_numpy(rows).view(*starts.shape, length)
+
+    def _window(self, start, length):
+        i, parts = int(np.searchsorted(self.ends, start, side="right")), []
+        while length > 0:
+            begin = start - (self.ends[i] - self.pieces[i].count)
+            parts.append(self._map(i)[begin:begin + length])
+            start, length, i = start + len(parts[-1]), length - len(parts[-1]), i + 1
+        return np.concatenate(parts)
+
+    @functools.cached_property
+    def frequencies(self):
+        """Relative frequency of every token, over the first files up to 16M tokens."""
+        counts = np.zeros(self.vocabulary, np.int64)
+        for i, end in enumerate(self.ends):
+            counts += np.bincount(self._map(i), minlength=self.vocabulary)[:self.vocabulary]
+            if end >= 2 ** 24:
+                break
+        return torch.from_numpy(counts / counts.sum())
+
+
+def _piece(path):
+    """One file of tokens: .bin as llm.c writes them (256 int32: 20240520, 1, count; then uint16), or nanoGPT's uint16
+    without a header; any other file as bytes."""
+    size = path.stat().st_size
+    if path.suffix != ".bin":
+        return Piece(path, "u1", 0, size)
+    header = np.fromfile(path, "<i4", 256)
+    if len(header) and header[0] in (20240520, 20240801):
+        if len(header) < 256 or header[0] != 20240520 or header[1] != 1 or size != 1024 + 2 * int(header[2]):
+            raise ValueError(f"{path} has the header {header[:3].tolist()} and {size} bytes; a shard of uint16 tokens has "
+                             "20240520, 1, count, and 1024 + 2 count bytes")
+        return Piece(path, "<u2", 1024, int(header[2]))
+    if size % 2:
+        raise ValueError(f"{path} holds {size} bytes; a .bin file of uint16 tokens has an even number")
+    return Piece(path, "<u2", 0, size // 2)
+
+
+def _text_pieces(name):
+    """(pieces to train on, pieces to validate on). Of a folder with .bin files those with "val" in their names validate;
+    of other files every tenth; of a single file the last tenth."""
+    path = Path(sysconfig.get_paths()["stdlib"]) if name == "stdlib" else Path(name)
+    if path.is_file():
+        piece = _piece(path)
+        cut, width = piece.count - piece.count // 10, np.dtype(piece.dtype).itemsize
+        return [piece._replace(count=cut)], [piece._replace(offset=piece.offset + width * cut, count=piece.count - cut)]
+    if not path.is_dir():
+        raise ValueError(f"data {name!r} is no file or folder; choose stdlib, or the path of text, .bin tokens or a folder of them")
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"} if name == "stdlib" else set()
+    files = sorted(file for file in path.rglob("*.py" if name == "stdlib" else "*") if file.is_file() and file.stat().st_size
+                   and not skipped & set(file.relative_to(path).parts) and not file.name.startswith("."))
+    shards = [file for file in files if file.suffix == ".bin"]
+    if shards:
+        val = [file for file in shards if "val" in file.name]
+        return [_piece(file) for file in shards if file not in val], [_piece(file) for file in val]
+    return [_piece(file) for i, file in enumerate(files) if i % 10 != 9], [_piece(file) for file in files[9::10]]
+
+
+def load_text(name, context, device="cpu", vocab_size=0, val_size=64):
+    """Splits(x = Tokens, y = None, x_val (V, T), y_val (V, T), classes) for next-token prediction over T = context tokens.
+
+    stdlib: the sources of Python's own standard library, as bytes. Else a path: text files as bytes (256 tokens), nanoGPT's
+    .bin of uint16, or llm.c's shards; several in a folder. Nothing is read but the windows asked for, the largest token of
+    .bin files if vocab_size is 0, and val_size windows spread evenly over the validation files.
+
+    ValueError: no such path, damaged files, fewer tokens than a window, or a token outside the vocabulary.
+    """
+    train, val = _text_pieces(name)
+    for words, pieces in (("train", train), ("validate", val)):
+        if sum(piece.count for piece in pieces) <= context:
+            raise ValueError(f"{name} holds {sum(piece.count for piece in pieces)} tokens to {words} on; context {context} needs more")
+    if not vocab_size:
+        vocab_size = 256 if all(piece.dtype == "u1" for piece in train + val) else 1 + max(
+            int(np.memmap(piece.path, piece.dtype, "r", piece.offset, (piece.count,)).max()) for piece in train + val)
+    train, val = Tokens(train, vocab_size), Tokens(val, vocab_size)
+    starts = torch.linspace(0, len(val) - context - 1, val_size).long().unique()
+    windows = val.windows(starts, context + 1).to(device)
+    return Splits(train, None, windows[:, :-1], windows[:, 1:], vocab_size)
+
+
 def load_data(name, root=None, device="cpu", dtype=torch.float32, train_size=20_000, val_size=1_000, data_seed=0):
-    """Splits(x (N, D), y (N,), x_val, y_val, classes) on the device.
+    """Splits(x (N, D), y (N,), x_val, y_val, classes) on the device; for text see load_text.
 
     multi_index is generated: train_size and val_size samples from data_seed. mnist, fashion_mnist and cifar10 are read
     from their standard files (IDX or CIFAR-10 binary, plain or .gz) in root, else $DATA_DIR, else ./data, each with or
@@ -272,7 +399,9 @@ def weight_dtype(config):
 
 
 def load_splits(config, data_dir, device):
-    """The data of a run's configuration; fixed settings of a sweep will do."""
+    """The data of a run's configuration."""
+    if config["model"] == "gpt":
+        return load_text(config["data"], config["context"], device, config["vocab_size"], config["val_size"])
     return load_data(config["data"], data_dir, device, weight_dtype(config), config["train_size"], config["val_size"], config["data_seed"])
 
 
@@ -295,8 +424,9 @@ LOSSES = {"ce": ce, "mse": mse, "brier": brier}
 
 
 def chance_loss(loss, targets, classes):
-    """Loss of the best constant predictor: the class frequencies p. ce: their entropy; mse, brier: mean of p (1 - p)."""
-    p = torch.bincount(targets, minlength=classes).double() / len(targets)
+    """Loss of the best constant predictor: the class frequencies p. ce: their entropy, for text the unigram entropy; mse,
+    brier: mean of p (1 - p). targets: (N,) classes, or Tokens."""
+    p = targets.frequencies if isinstance(targets, Tokens) else torch.bincount(targets, minlength=classes).double() / len(targets)
     return (-(p * p.clamp_min(1e-300).log()).sum() if loss == "ce" else (p * (1 - p)).mean()).item()
 
 
@@ -305,12 +435,15 @@ def chance_loss(loss, targets, classes):
 
 def build(config):
     """The model, its base and the roles of its tensors; both on the meta device: only shapes matter here."""
-    def mlp(width):
+    def network(width):
+        if config["model"] == "gpt":
+            return models.GPT(config["vocab_size"] or 256, width, config["layers"], config["context"], config["head_dim"],
+                              config["norm_affine"], config["qk_norm"])
         d_in, classes = DATASETS[config["data"]]
         return models.MLP(d_in, width, config["hidden_layers"], classes, config["activation"], config["bias"])
     with torch.device("meta"):
-        model, base = mlp(config["width"]), mlp(config["base_width"])
-        return model, base, param.infer_roles(mlp(2 * config["base_width"]), base)     # known at the base width too
+        model, base = network(config["width"]), network(config["base_width"])
+        return model, base, param.infer_roles(network(2 * config["base_width"]), base)     # known at the base width too
 
 
 def replica_groups(run, model, base, roles):
@@ -323,8 +456,9 @@ def replica_groups(run, model, base, roles):
 def replica_init(run, model, base, roles, dtype):
     """The initial weights of one run, [shape] in the model's order, on the CPU, from the run's seed alone."""
     fresh = copy.deepcopy(model).to(dtype).to_empty(device="cpu")
-    readout = {"output": run["readout_scale"] * math.sqrt(2 / run["base_width"])}
-    param.init_(fresh, base, run["param"], torch.Generator().manual_seed(run["seed"]), std=readout, overrides=roles)
+    gain = math.sqrt(2) if run["model"] == "mlp" else 1.0       # He's for ReLU; a GPT's inputs are normalized
+    readout = {"output": run["readout_scale"] * gain / math.sqrt(run["base_width"])}
+    param.init_(fresh, base, run["param"], torch.Generator().manual_seed(run["seed"]), gain=gain, std=readout, overrides=roles)
     return [weights.detach() for weights in fresh.parameters()]
 
 
@@ -350,25 +484,25 @@ def stack_runs(runs, model, base, roles, device, dtype):
 
 
 def loss_and_derivative(loss, logits, y):
-    """Loss per sample (R, B) and χ = d(sum over replicas of the mean loss)/dlogits (R, B, C)."""
+    """Loss per sample (R, B, ...) and χ = d(sum over replicas of the mean loss)/dlogits (R, B, ..., C)."""
     with torch.enable_grad():
         logits = logits.detach().requires_grad_()
         per_sample = LOSSES[loss](logits, y)
-        chi, = torch.autograd.grad(per_sample.mean(-1).sum(), logits)
+        chi, = torch.autograd.grad(per_sample.flatten(1).mean(1).sum(), logits)
     return per_sample.detach(), chi
 
 
 def stacked_forward(model, names, weights, x):
-    """Any model: logits (R, B, C) of x (R, B, ...)."""
+    """Any model: logits (R, B, ..., C) of x (R, B, ...)."""
     if len(weights[0]) == 1:        # no vmap for a single run
-        logits = functional_call(model, {name: w[0] for name, w in zip(names, weights)}, (x[0],))[None]
+        logits = functional_call(model, {name: w.squeeze(0) for name, w in zip(names, weights)}, (x[0],))[None]
     else:
         logits = vmap(lambda weights, x: functional_call(model, dict(zip(names, weights)), (x,)))(tuple(weights), x)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))      # losses are never taken in bfloat16
 
 
 def gradients(model, names, weights, x, y, loss):
-    """Any model: gradients [(R, *shape)], loss per sample (R, B), logits (R, B, C)."""
+    """Any model: gradients [(R, *shape)], loss per sample (R, B, ...), logits (R, B, ..., C)."""
     with torch.enable_grad():
         leaves = [w.detach().requires_grad_() for w in weights]
         logits = stacked_forward(model, names, leaves, x)
@@ -486,33 +620,62 @@ def data_order(seeds, size, config, device):
     return torch.stack([draw(seed) for seed in seeds]).to(device)
 
 
-def optimizer_step(config, model):
+def batch(splits, index, context):
+    """(x, y) of samples index (R, B): rows of the data, or windows of text that begin at those tokens and the tokens after."""
+    if splits.y is not None:
+        return splits.x[index], splits.y[index]                                 # (R, B, D), (R, B)
+    windows = splits.x.windows(index, context + 1)                              # (R, B, T + 1)
+    device = splits.x_val.device
+    windows = windows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else windows
+    return windows[..., :-1], windows[..., 1:]
+
+
+def average_(tensors):
+    """Averages tensors over the ranks of torch.distributed, in place, as one message."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def optimizer_step(config, model, ranks=1):
     """(advance, forward) for a stack of this configuration.
 
-    advance(stack, x, y, step) makes one optimizer step in place and returns the loss per sample (R, B) and the logits
-    (R, B, C) before it. forward(weights, x) -> logits. The bias-free MLP takes the written-out backward pass, with plain
-    SGD fused into it; everything else goes through autograd.
+    advance(stack, x, y, step) makes one optimizer step in place and returns the mean loss and accuracy (R,) before it, of
+    all ranks' shares of the batch. forward(weights, x) -> logits. The bias-free MLP takes the written-out backward pass,
+    with plain SGD fused into it; everything else goes through autograd.
     """
     names = [name for name, _ in model.named_parameters()]
-    relu, loss = config["activation"] == "relu", config["loss"]
+    relu, loss, parts = config["activation"] == "relu", config["loss"], config["accumulate"]
     by_hand = config["model"] == "mlp" and not config["bias"] and config["dtype"] != "bfloat16"
-    fused = by_hand and config["optimizer"] == "sgd" and not (config["momentum"] or config["weight_decay"] or config["clip"])
+    fused = by_hand and config["optimizer"] == "sgd" and parts == ranks == 1 and not (
+        config["momentum"] or config["weight_decay"] or config["clip"])
 
     def forward(weights, x):
         return mlp_forward(weights, x, relu)[-1] if by_hand else stacked_forward(model, names, weights, x)
 
     def advance(stack, x, y, step):
-        factor = schedule(step, config)
-        if by_hand:
-            lr = [factor * lr for lr in stack["lr"]] if fused else None
-            grads, per_sample, logits = mlp_gradients(stack["weights"], x, y, loss, relu, lr)
-        else:
-            grads, per_sample, logits = gradients(model, names, stack["weights"], x, y, loss)
+        factor, total, losses, hits = schedule(step, config), None, [], []
+        for x, y in zip(x.chunk(parts, 1), y.chunk(parts, 1)):
+            if by_hand:
+                lr = [factor * lr for lr in stack["lr"]] if fused else None
+                grads, per_sample, logits = mlp_gradients(stack["weights"], x, y, loss, relu, lr)
+            else:
+                grads, per_sample, logits = gradients(model, names, stack["weights"], x, y, loss)
+            losses.append(per_sample.flatten(1).mean(1))
+            hits.append((logits.argmax(-1) == y).to(losses[0].dtype).flatten(1).mean(1))
+            total = grads if total is None or fused else [a.add_(b) for a, b in zip(total, grads)]
+        means = [torch.stack(values).mean(0) if parts > 1 else values[0] for values in (losses, hits)]
         if not fused:
+            if parts > 1:
+                torch._foreach_div_(total, parts)
+            if ranks > 1:
+                average_([*total, *means])
             if config["clip"]:
-                clip_(grads, config["clip"])
-            update_(stack, grads, config, factor, step)
-        return per_sample, logits
+                clip_(total, config["clip"])
+            update_(stack, total, config, factor, step)
+        return means
 
     return advance, forward
 
@@ -528,13 +691,14 @@ def first_divergence(losses, weights):
     return torch.where(bad.any(0), bad.int().argmax(0), -1)
 
 
-def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0, tracked=None):
+def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0, tracked=None, checkpoint=None, every=0):
     """Trains runs as one stack and returns one row (dict) per run, in their order.
 
     runs: dicts of SETTINGS, missing ones at their defaults; within a stack only PER_REPLICA may differ. splits as from
-    load_data, loaded if absent. progress(step, replicas still training) is called now and then. track = N appends
-    measurements of every module to the list `tracked` (see `tracker`): of each of the first twenty steps, then of every
-    N-th and the last.
+    load_data or load_text, loaded if absent. progress(step, replicas still training) is called now and then. track = N
+    appends measurements of every module to the list `tracked` (see `tracker`): of each of the first twenty steps, then of
+    every N-th and the last. checkpoint: a path, written every so many steps; if it is there, training goes on from it.
+    Where torch.distributed is initialized, every rank takes an equal share of each batch.
 
     A row holds the configuration, its id, results (final_train_loss and train_accuracy over the last tenth of the steps,
     val_loss, val_accuracy, logit_rms on the validation samples, chance_loss, diverged_at) and provenance. A run that
@@ -543,65 +707,100 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
     """
     start = time.perf_counter()
     runs = [configure(run) for run in runs]
-    config = dict(runs[0], weight_decay=max(run["weight_decay"] for run in runs))
-    for name in config:
-        if name not in PER_REPLICA and any(run[name] != config[name] for run in runs):
+    for name in runs[0]:
+        if name not in PER_REPLICA and any(run[name] != runs[0][name] for run in runs):
             raise ValueError(f"runs of one stack must share {name}; only {', '.join(PER_REPLICA)} may differ")
-    if splits is None:
-        splits = load_splits(config, data_dir, device)
-    if config["batch_size"] > len(splits.x):
-        raise ValueError(f"batch_size is {config['batch_size']}; it must be at most the {len(splits.x)} training samples")
+    splits = load_splits(runs[0], data_dir, device) if splits is None else splits
+    if runs[0]["model"] == "gpt":
+        runs = [dict(run, vocab_size=splits.classes) for run in runs]
+    config = dict(runs[0], weight_decay=max(run["weight_decay"] for run in runs))
+    samples = len(splits.x) - (0 if splits.y is not None else config["context"])
+    if config["batch_size"] > samples:
+        raise ValueError(f"batch_size is {config['batch_size']}; it must be at most the {samples} training samples")
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    if config["batch_size"] % (ranks * config["accumulate"]):
+        raise ValueError(f"batch_size is {config['batch_size']}; it must be a multiple of {ranks} ranks times accumulate = {config['accumulate']}")
 
     model, base, roles = build(config)
-    advance, forward = optimizer_step(config, model)
+    advance, forward = optimizer_step(config, model, ranks)
     dtype = weight_dtype(config)
     stack = stack_runs(runs, model, base, roles, device, dtype)
     measure = tracker(runs, model, stack["weights"], splits, config, tracked) if track else None
     seeds = sorted({run["seed"] for run in runs})
-    order = data_order(seeds, len(splits.x), config, device)                            # (seeds, steps, B)
-    order_of = torch.tensor([seeds.index(run["seed"]) for run in runs], device=device)
-    alive = torch.arange(len(runs), device=device)                                      # replicas still training
+    order_device = "cpu" if splits.y is None else splits.x.device                       # text is read on the CPU
+    order = data_order(seeds, samples, config, order_device)[..., rank::ranks]          # (seeds, steps, B / ranks)
+    order_of = torch.tensor([seeds.index(run["seed"]) for run in runs], device=order.device)
     losses = torch.full((config["steps"], len(runs)), math.nan, dtype=dtype, device=device)
     hits = torch.zeros_like(losses)
     diverged_at = [None] * len(runs)
     check_every = 5 if torch.device(device).type == "cpu" else 25       # a check waits for the device
-    checked, steps = 0, config["steps"]
+    checked, steps, alive = 0, config["steps"], torch.arange(len(runs), device=device)  # replicas still training
+    if checkpoint and checkpoint.exists():
+        saved = load_checkpoint(checkpoint, [run_id(run) for run in runs], device)
+        checked, stack, alive, diverged_at = (saved[key] for key in ("done", "stack", "alive", "diverged_at"))
+        losses[:checked], hits[:checked], order_of = saved["losses"], saved["hits"], order_of[alive.to(order_of.device)]
+        if track:
+            tracked[:] = saved["tracked"]
 
     with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config["dtype"] == "bfloat16"):
-        for step in range(steps):
-            index = order[order_of, step]                                               # (R, B)
-            x, y = splits.x[index], splits.y[index]
-            per_sample, logits = advance(stack, x, y, step)
-            losses[step, alive] = per_sample.mean(-1).to(dtype)
-            hits[step, alive] = (logits.argmax(-1) == y).to(dtype).mean(-1)
+        for step in range(checked, steps):
+            x, y = batch(splits, order[order_of, step], config["context"])
+            losses[step, alive], hits[step, alive] = advance(stack, x, y, step)
             done, last = step + 1, step + 1 == steps
             if track and (done <= 20 or done % track == 0 or last):
                 measure(done, alive, stack["weights"])
-            if last or done % check_every == 0:
+            if last or done % check_every == 0 or (every and done % every == 0):
                 first = first_divergence(losses[checked:done, alive], stack["weights"] if last else [])
                 stays = first < 0
                 if not stays.all():
                     for replica, offset in zip(alive[~stays].tolist(), first[~stays].tolist()):
                         diverged_at[replica] = checked + offset
-                    alive, order_of = alive[stays], order_of[stays]
+                    alive, order_of = alive[stays], order_of[stays.to(order_of.device)]
                     stack = {key: [tensor[stays] for tensor in tensors] for key, tensors in stack.items()}
                 checked = done
                 if progress:
                     progress(done, len(alive))
                 if len(alive) == 0:
                     break
+                if checkpoint and done % every == 0 and not last and rank == 0:
+                    save_checkpoint(checkpoint, {"ids": [run_id(run) for run in runs], "done": done, "stack": stack,
+                                                 "losses": losses[:done], "hits": hits[:done], "alive": alive,
+                                                 "diverged_at": diverged_at, "tracked": tracked})
         finals = dict.fromkeys(range(len(runs)), dict.fromkeys(("val_loss", "val_accuracy", "logit_rms")))
         if len(alive):
-            values = evaluate(lambda x: forward(stack["weights"], x.expand(len(alive), *x.shape)), splits, config["loss"], len(alive))
+            chunk = config["batch_size"] // config["accumulate"] if config["model"] == "gpt" else 256
+            values = evaluate(lambda x: forward(stack["weights"], x.expand(len(alive), *x.shape)), splits, config["loss"], len(alive), chunk)
             finals.update(zip(alive.tolist(), values))
 
     tenth = max(1, steps // 10)
     columns = {"final_train_loss": losses[-tenth:].T.tolist(), "train_accuracy": hits[-tenth:].T.tolist()}
-    shared = {"chance_loss": chance_loss(config["loss"], splits.y, splits.classes), **provenance(device),
+    shared = {"chance_loss": chance_loss(config["loss"], splits.x if splits.y is None else splits.y, splits.classes), **provenance(device),
               "seconds": round((time.perf_counter() - start) / len(runs), 4)}
     return [{"id": run_id(run), **run,
              **{name: math.fsum(column[r]) / tenth if diverged_at[r] is None else None for name, column in columns.items()},
              **finals[r], "diverged_at": diverged_at[r], **shared} for r, run in enumerate(runs)]
+
+
+def save_checkpoint(path, state):
+    """Writes whole or not at all. The data order is no part of it: it follows from the seed and the step."""
+    partial = path.with_suffix(".part")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_checkpoint(path, ids, device):
+    """What save_checkpoint wrote for the runs of these ids. ValueError if it is damaged or belongs to other runs."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if state["ids"] == ids:
+            return state
+    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+        raise ValueError(f"{path} is damaged; remove it to begin that run anew") from None
+    raise ValueError(f"{path} belongs to another run; remove it, or use another --out")
 
 
 def tracker(runs, model, initial, splits, config, tracked):
@@ -649,7 +848,7 @@ def tracker(runs, model, initial, splits, config, tracked):
             logits = logits.detach()
             change = (logits - initial_logits[r]).square().mean(-1).sqrt().mean()
             whole = {"loss": loss.item(), "change": change.item(), **metrics.logit_statistics(logits, y, loss_fn)}
-            outputs = {"softmax": [finite(p) for p in logits.softmax(-1).tolist()]} if step == config["steps"] else {}
+            outputs = {"softmax": [finite(p) for p in logits.softmax(-1).tolist()]} if step == config["steps"] and y.ndim == 1 else {}
             tracked.append({**key, "module": "", "layer": len(layers), **finite(whole), **outputs})
 
     return measure
@@ -666,17 +865,18 @@ def evaluate(forward, splits, loss, replicas, chunk=256):
     """[{val_loss, val_accuracy, logit_rms}] per replica; logit_rms is the RMS over classes, averaged over samples."""
     sums = torch.zeros(3, replicas, dtype=torch.float64, device=splits.x.device)
     for x, y in zip(splits.x_val.split(chunk), splits.y_val.split(chunk)):
-        logits = forward(x)                                                 # (R, chunk, C)
-        y = y.expand(replicas, -1)
+        logits = forward(x)                                                 # (R, chunk, ..., C)
+        y = y.expand(replicas, *y.shape)
         per_sample = LOSSES[loss](logits, y), logits.argmax(-1) == y, logits.square().mean(-1).sqrt()
-        sums += torch.stack([values.double().sum(-1) for values in per_sample])
-    means = (sums / len(splits.y_val)).T.tolist()
+        sums += torch.stack([values.double().flatten(1).sum(1) for values in per_sample])
+    means = (sums / splits.y_val.numel()).T.tolist()
     return [dict(zip(("val_loss", "val_accuracy", "logit_rms"), finite(row))) for row in means]
 
 
 @functools.cache
 def provenance(device):
-    """Where a row comes from: torch version, device, git commit of this file (with "+" if the tree was changed)."""
+    """Where a row comes from: versions, device, threads, git commit of this file (with "+" if the tree was changed), and
+    whether the same run gives the same bits here whatever shares its stack: MKL promises it on the CPU, CUDA does not."""
     def git(*command):
         try:
             return subprocess.run(("git", *command), cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
@@ -686,7 +886,8 @@ def provenance(device):
     changed = "+" if commit and git("status", "--porcelain", "--untracked-files=no") else ""
     kind = torch.device(device).type
     name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
-    return {"torch": torch.__version__, "device": name, "commit": commit + changed if commit else None}
+    return {"python": platform.python_version(), "torch": torch.__version__, "device": name, "threads": torch.get_num_threads(),
+            "commit": commit + changed if commit else None, "deterministic": kind == "cpu" and torch.backends.mkl.is_available()}
 
 
 def append_rows(path, rows):
