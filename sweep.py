@@ -12,7 +12,10 @@ started again goes on. `summarize` then needs nothing but those rows.
     max-stable LR    end of the contiguous stable range above the optimum: a bracket, and its geometric mean
     lattice          LRs are step^k for whole k, so grids of different widths, and extended grids, share their points
 """
+import contextlib
+import datetime
 import fcntl
+import functools
 import itertools
 import json
 import math
@@ -29,8 +32,9 @@ import param
 import plots
 import train
 
-CURVE = ("loss", "param", "optimizer", "alpha")     # settings that tell one curve from another
-GRID = ("width", "lr", "seed") + CURVE              # settings that vary within a sweep
+CURVE = ("loss", "param", "optimizer", "alpha", "norm_affine")      # settings that tell one curve from another
+GRID = ("width", "lr", "seed") + CURVE                              # settings that vary within a sweep
+LR_RANGE = {"sgd": (2 ** -8, 2 ** 3), "adam": (2 ** -13, 2 ** -3)}
 
 PRESETS = {     # name: {scale: flags}
     "headline": {
@@ -46,11 +50,24 @@ PRESETS = {     # name: {scale: flags}
                     lrs=[0.005], readout_scale=0.05, steps=4, seeds=3, track=1),
         "paper": dict(loss=["ce", "mse"], alpha=[-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25], widths=[256, 512, 1024, 2048, 4096],
                       hidden_layers=7, lrs=[0.005], readout_scale=0.05, steps=10, seeds=4, track=1)},
+    "gpt": {
+        "cpu": dict(model="gpt", widths=[32, 64, 128, 256], seeds=3, steps=150, stable_if="best+1", curves=[
+            dict(optimizer="sgd"), dict(optimizer="adam"), dict(optimizer="adam", norm_affine=False),
+            dict(optimizer="adam", param="mup"), dict(optimizer="adam", param="sp_full_align")]),
+        "paper": dict(model="gpt", widths=[256, 1024, 4096], seeds=3, steps=10_681, layers=6, context=512, head_dim=32, batch_size=256,
+                      accumulate=8, warmup=700, dtype="bfloat16", base_width=256, stable_if="best+1", curves=[
+            dict(optimizer="sgd"), dict(optimizer="adam"), dict(optimizer="adam", norm_affine=False),
+            dict(optimizer="adam", param="mup"), dict(optimizer="adam", param="sp_full_align")])},
+    "gpt_small": {
+        "cpu": dict(model="gpt", widths=[32, 64, 128], seeds=2, steps=100, optimizer=["adam"], stable_if="best+1"),
+        "paper": dict(model="gpt", widths=[256, 1024], seeds=2, steps=10_681, layers=6, context=512, batch_size=256, accumulate=8,
+                      warmup=700, dtype="bfloat16", base_width=256, optimizer=["adam"], stable_if="best+1")},
     "limit": {
         "cpu": dict(alpha=[0.5, 1.0], widths=[128, 256, 512, 1024], lrs=[0.1], steps=100, seeds=3, track=10),
         "paper": dict(alpha=[0.5, 1.0], widths=[256, 512, 1024, 2048, 4096, 8192], hidden_layers=7, lrs=[0.1], steps=937,
                       seeds=4, track=50)},
 }
+DEFAULT_PRESET = {"mlp": "headline", "gpt": "gpt_small"}
 CRITERIA = {    # name: (default X, stable(mean final train loss, mean train accuracy, lowest mean loss, chance loss, X), words)
     "chance": (1.0, lambda loss, accuracy, best, chance, x: loss < x * chance, "loss below X times a constant predictor's"),
     "accuracy": (0.3, lambda loss, accuracy, best, chance, x: accuracy > x, "train accuracy above X"),
@@ -70,16 +87,17 @@ def key_of(row):
     return (row["id"], row["step"], row["layer"]) if "step" in row else row["id"]
 
 
-def read_rows(out, files="runs*.jsonl"):
+def read_rows(out, files="runs*.jsonl", mend=True):
     """{key: row} of every runs*.jsonl in a folder, or of its track*.jsonl.
 
-    A last line without its end was cut by a kill: dropped, with a word. ValueError names any other line that is no row.
+    A last line without its end was cut by a kill: dropped, with a word, where nobody else may be writing (mend). ValueError
+    names any other line that is no row.
     """
     rows = {}
     for path in sorted(Path(out).glob(files)):
         content = path.read_bytes()
         whole = content[:content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
+        if len(whole) < len(content) and mend:
             print(f"{path}: dropped a half-written last line; its run is done again", file=sys.stderr)
             os.truncate(path, len(whole))
         for number, line in enumerate(whole.splitlines(), start=1):
@@ -109,7 +127,7 @@ def open_folder(out, fixed):
     config = out / "config.json"
     if config.exists():
         before = json.loads(config.read_text())
-        changed = [name for name in fixed if before.get(name) != fixed[name]]
+        changed = [name for name in fixed if name in before and before[name] != fixed[name]]
         if changed:
             raise ValueError(f"{out} holds runs with {changed[0]} = {before.get(changed[0])!r}, not {fixed[changed[0]]!r}; "
                              "use another --out")
@@ -125,7 +143,7 @@ def cell_of(rows, curve, width, seeds):
     """Results of one curve at one width: lr (K,), losses and accuracies (S, K), chance; LRs lacking a seed are left out."""
     by_lr = {}
     for row in rows:
-        if tuple(row[name] for name in CURVE) == curve and row["width"] == width and row["seed"] < seeds:
+        if tuple(row[name] for name in CURVE) == curve and row["width"] == width and row["seed"] < seeds and not row["failed"]:
             by_lr.setdefault(row["lr"], {})[row["seed"]] = row
     lrs = sorted(lr for lr, of_seed in by_lr.items() if len(of_seed) == seeds)
     table = [[by_lr[lr][seed] for lr in lrs] for seed in range(seeds)]      # (S, K)
@@ -226,19 +244,26 @@ def number(value):
     return float(value) if math.isfinite(value) else None
 
 
+def depth(config):
+    """Hidden activations as param.predict counts them: a GPT's embedding, one per decoder layer, and what the readout sees."""
+    return config["hidden_layers"] if config["model"] == "mlp" else config["layers"] + 2
+
+
 def summarize(rows, curves, widths, seeds, criterion, shared):
     """The rows of summary.json, from result rows alone; shared holds the fixed settings."""
     summary = []
     for curve in curves:
-        loss, parameterization, optimizer, alpha = curve
+        loss, parameterization, optimizer, alpha, *_ = curve
         cells = [cell_of(rows, curve, width, seeds) for width in widths]
         cells, present = zip(*[(cell, width) for cell, width in zip(cells, widths) if len(cell["lr"])] or [((), ())])
         if not cells:
             continue
         fits, points = exponents_of(cells, present, criterion)
-        predicted = alpha - param.max_stable_alpha(parameterization, optimizer, loss, shared["hidden_layers"], shared["trainable"])
+        predicted = alpha - param.max_stable_alpha(parameterization, optimizer, loss, depth(shared), shared["trainable"])
         flags = ["one width: no exponent"] if len(present) == 1 else []
         flags += ["one seed: the interval is the grid's resolution"] if seeds == 1 else []
+        failed = sorted({row["width"] for row in rows if row["failed"] and tuple(row[name] for name in CURVE) == curve})
+        flags += [f"width {width}: out of memory" for width in failed]
         for (best, optimal, stable, unstable), cell, width in zip(points, cells, present):
             if math.isnan(optimal):
                 flags.append(f"width {width}: every run diverged")
@@ -257,6 +282,7 @@ def summarize(rows, curves, widths, seeds, criterion, shared):
             "max_stable_exponent": number(fits["max_stable"][0]), "max_stable_interval": [number(v) for v in fits["max_stable"][1]],
             "predicted_max_stable_exponent": number(predicted),
             "best_train_accuracy": [number(cell["accuracies"].mean(0).max()) for cell in cells],
+            "best_train_loss": [number(cell["losses"].mean(0).min()) for cell in cells],
             "chance_loss": cells[0]["chance"], "flags": flags,
             "curves": [{"lr": cell["lr"].tolist(),
                         "train_loss": [[number(v) if v < DIVERGED else None for v in line] for line in cell["losses"]]} for cell in cells],
@@ -273,23 +299,27 @@ def table(summary):
     def lr(value):
         return "-" if value is None else f"{value:.3g}"
 
-    sizes = {name: max(len(name), *(len(str(row[name])) for row in summary)) for name in CURVE}
+    named = [name for name in CURVE if name in CURVE[:3] or len({row[name] for row in summary}) > 1]
+    sizes = {name: max(len(name), *(len(str(row[name])) for row in summary)) for name in named}
 
     def name_of(row):
         return "".join(f"{row[name]!s:{size + 2}}" for name, size in sizes.items())
 
-    head = name_of({name: name for name in CURVE})
+    head = name_of({name: name for name in named})
     lines = ["Exponents of LR against width, with 95 % intervals", "",
              f"{head}{'predicted':>10}   {'max-stable':22}optimal"]
     for row in summary:
         predicted = row["predicted_max_stable_exponent"]
         lines.append(f"{name_of(row)}{'no bound' if predicted is None else f'{predicted:+.2f}':>10}   "
                      f"{measured(row, 'max_stable'):22}{measured(row, 'optimal')}")
-    lines += ["", f"{head}{'width':>6}  {'optimal LR':>10}  stable up to  unstable from"]
+    lines += ["", f"{head}{'width':>6}  {'optimal LR':>10}  {'loss there':>10}  stable up to  unstable from"]
     for row in summary:
         for i, width in enumerate(row["widths"]):
-            lines.append(f"{name_of(row)}{width:6}  {lr(row['optimal_lr'][i]):>10}  "
+            lines.append(f"{name_of(row)}{width:6}  {lr(row['optimal_lr'][i]):>10}  {lr(row['best_train_loss'][i]):>10}  "
                          f"{lr(row['max_stable_lr'][i]):>12}  {lr(row['min_unstable_lr'][i]):>13}")
+    chances = {row["loss"]: row["chance_loss"] for row in summary}
+    lines += ["", "A constant predictor's loss: " + ", ".join(f"{loss} {value:.3g}" for loss, value in chances.items())
+              + (" (the tokens' unigram entropy)" if "ce" in chances and summary[0]["model"] == "gpt" else "")]
     lines += [f"! {name_of(row).strip()}: {flag}" for row in summary for flag in row["flags"]]
     return "\n".join(lines)
 
@@ -301,8 +331,8 @@ def summarize_tracks(rows, tracks, curves, widths, seeds, shared):
     """{"updates": exponents of every update at the first and the last step, "alignment": its course over the steps,
     "limit": distances to the widest network}, each a list with one entry or more per curve and LR."""
     summary = {"updates": [], "alignment": [], "limit": []}
-    names = {row["layer"]: row["module"] for row in tracks.values()}
-    steps = sorted({step for _, step, _ in tracks})
+    names = {row["layer"]: row["module"] for row in sorted(tracks.values(), key=lambda row: row["layer"])}    # logits last
+    steps, logits = sorted({step for _, step, _ in tracks}), max(names, default=0)
     for curve, lr in itertools.product(curves, sorted({row["lr"] for row in rows})):
         ids = {(row["seed"], row["width"]): row["id"] for row in rows
                if tuple(row[name] for name in CURVE) == curve and row["lr"] == lr}
@@ -313,13 +343,13 @@ def summarize_tracks(rows, tracks, curves, widths, seeds, shared):
                     for seed in range(seeds)]
 
         key = {**dict(zip(CURVE, curve)), "lr": lr, "widths": list(widths)}
-        for entry in update_exponents(values, curve, widths, shared):
+        for entry in update_exponents(values, dict(zip(CURVE, curve)), widths, shared, names):
             summary["updates"].append({**key, "module": names[entry["layer"]], **entry})
-        for layer, kind in itertools.product(range(shared["hidden_layers"] + 1), ("operator_update", "operator_propagating")):
+        for layer, kind in itertools.product(range(logits), ("operator_update", "operator_propagating")):
             course = [np.array(values(step, layer, kind), dtype=float).mean(0) for step in steps]               # [T] (W,)
             summary["alignment"].append({**key, "layer": layer, "module": names[layer], "kind": kind, "steps": steps,
                                          "values": [train.finite(line) for line in np.transpose(course).tolist()]})
-        softmax = values(shared["steps"], shared["hidden_layers"] + 1, "softmax", [[math.nan]])
+        softmax = values(shared["steps"], logits, "softmax", [[math.nan]])
         distance = [train.finite([rms_distance(output, of_seed[-1]) for output in of_seed]) for of_seed in softmax]
         summary["limit"].append({**key, "steps": shared["steps"], "values": distance})
     return summary
@@ -329,21 +359,42 @@ def rms_distance(outputs, others):
     return float(np.sqrt(np.mean((np.array(outputs, dtype=float) - np.array(others, dtype=float)) ** 2)))
 
 
-def update_exponents(values, curve, widths, shared):
+def predicted_updates(curve, shared, step, names):
+    """[(kind, layer, tracked module, tracked quantity, predicted exponent)] of every module, from param.predict.
+
+    Of a GPT by role: a residual stream carries every layer's change, and a gain multiplies coordinates as an input weight does.
+    """
+    told = {name: curve[name] for name in ("optimizer", "loss", "alpha")}
+    predicted = param.predict(curve["param"], **told, hidden_layers=depth(shared), trainable=shared["trainable"], step=step)
+    change = max(predicted.effective[-1], predicted.propagating[-1])            # of the logits, without their initial value
+    logits = ("logits", max(names), max(names), "change", change)
+    if shared["model"] == "mlp":
+        hidden = shared["hidden_layers"]
+        return ([("effective", layer, layer, "effective", predicted.effective[layer]) for layer in range(hidden + 1)]
+                + [("propagating", layer, layer, "propagating", predicted.propagating[layer - 1]) for layer in range(1, hidden + 1)]
+                + [("features", layer, layer + 1, "input_change", predicted.features[layer]) for layer in range(hidden)]
+                + [logits]), predicted.regime
+    c = {role: pair[1] for role, pair in param.exponents(curve["param"], curve["optimizer"]).items()}
+    effective = {"input": predicted.effective[0], "hidden": predicted.effective[1], "output": predicted.effective[-1],
+                 "vector": predicted.effective[0] + c["input"] - c["vector"]}
+    propagating = {"hidden": predicted.propagating[-2], "output": predicted.propagating[-1], "vector": predicted.features[-1]}
+    _, _, roles = train.build(train.configure({**{k: v for k, v in shared.items() if k in train.SETTINGS}, **curve}))
+    roles = {layer: roles[f"{name}.weight"] for layer, name in names.items() if name}
+    return ([("effective", layer, layer, "effective", effective[role]) for layer, role in roles.items()]
+            + [("propagating", layer, layer, "propagating", propagating[role]) for layer, role in roles.items() if role in propagating]
+            + [logits]), predicted.regime
+
+
+def update_exponents(values, curve, widths, shared, names):
     """Measured exponents, with intervals, beside those of param.predict: effective and propagating updates of every module,
-    the change of every feature (the next module's input) and of the logits, at the first and the last step."""
-    (loss, parameterization, optimizer, alpha), hidden, entries = curve, shared["hidden_layers"], []
+    the change of every feature (an MLP module's input) and of the logits, at the first and the last step."""
+    entries = []
     for step in sorted({1, shared["steps"]}):
-        predicted = param.predict(parameterization, optimizer, loss, alpha, hidden, shared["trainable"], step)
-        change = max(predicted.effective[-1], predicted.propagating[-1])        # of the logits, without their initial value
-        tracked = [("effective", layer, layer, "effective", predicted.effective[layer]) for layer in range(hidden + 1)]
-        tracked += [("propagating", layer, layer, "propagating", predicted.propagating[layer - 1]) for layer in range(1, hidden + 1)]
-        tracked += [("features", layer, layer + 1, "input_change", predicted.features[layer]) for layer in range(hidden)]
-        tracked += [("logits", hidden + 1, hidden + 1, "change", change)]
+        tracked, regime = predicted_updates(curve, shared, step, names)
         for kind, layer, module, quantity, exponent in tracked:
             norms = np.array(values(step, module, quantity), dtype=float)       # (S, W), null becomes nan
             entry = {"step": step, "kind": kind, "layer": layer, "values": [train.finite(line) for line in norms.tolist()],
-                     "exponent": None, "interval": [None, None], "predicted": number(exponent), "regime": predicted.regime}
+                     "exponent": None, "interval": [None, None], "predicted": number(exponent), "regime": regime}
             usable = (np.isfinite(norms) & (norms > 0)).all(0)
             if usable.sum() > 1:
                 measured = np.array(widths)[usable], norms[:, usable]
@@ -361,23 +412,23 @@ def update_table(updates):
     lines, groups = ["Exponents of updates against width: measured (predicted); effective updates from input to readout", ""], {}
     for entry in updates:
         if entry["kind"] in ("effective", "logits"):
-            groups.setdefault((*(entry[name] for name in CURVE), entry["step"], entry["kind"]), []).append(entry)
-    for (loss, parameterization, optimizer, alpha, step, kind), entries in groups.items():
-        cells = "  ".join(f"{words(entry['exponent']):>6} ({words(entry['predicted'])})" for entry in entries)
-        lines.append(f"{loss} {parameterization} {optimizer} α={alpha:<5g} step {step:<4} {kind:10} {cells}")
+            curve = " ".join(str(entry[name]) for name in ("loss", "param", "optimizer"))
+            groups.setdefault(f"{curve} α={entry['alpha']:<5g} step {entry['step']:<4} {entry['kind']:10}", []).append(entry)
+    for name, entries in groups.items():
+        lines.append(name + " " + "  ".join(f"{words(entry['exponent']):>6} ({words(entry['predicted'])})" for entry in entries))
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Search: which LRs a cell still needs
 
-def lattice(args):
+def lattice(args, optimizer):
     """(LR of a lattice point k, lowest k, highest k, coarse steps by which the grid may grow)."""
     if args["lrs"]:
         lrs = sorted(set(args["lrs"]))
         return lrs.__getitem__, 0, len(lrs) - 1, 0
     octaves = round(math.log2(args["lr_step"]), 12)         # sqrt(2) is half an octave, not 0.5000000000000001
-    low, high = (round(math.log2(lr) / octaves) for lr in args["lr_range"])
+    low, high = (round(math.log2(lr) / octaves) for lr in args["lr_range"] or LR_RANGE[optimizer])
     return lambda k: 2.0 ** (k * octaves), low, high, EXTENSIONS
 
 
@@ -414,38 +465,49 @@ def wanted(known, low, high, search, extensions, hint=None):
     return (new({best - 2, best + 2}) or new({best - 1, best + 1})) | new(edge)
 
 
-def run_grid(args, base, curves, device, rows, tracks):
-    """Runs what is missing, width by width, and appends each stack's rows to the files and to rows and tracks {key: row}."""
-    lr_of, low, high, extensions = lattice(args)
-    k_of = {lr_of(k): k for k in range(low - extensions * COARSE, high + extensions * COARSE + 1)}
-    hints, splits = {}, None
-    report = progress_line(args, base, len(curves) * args["seeds"], high - low + 1)
-    for width in args["widths"]:
-        missing = True
-        while missing:
-            missing = []
-            for curve in curves:
-                cell = cell_of(rows.values(), curve, width, args["seeds"])
-                done = {k_of[lr]: i for i, lr in enumerate(cell["lr"].tolist()) if lr in k_of}
-                known, points = replay(cell, done, args["criterion"],
-                                       lambda known: wanted(known, low, high, args["search"], extensions, hints.get(curve)))
-                if not points and extensions:
-                    best = min(known, key=lambda k: known[k][0])
-                    hints[curve] = best, max((k for k in known if known[k][1]), default=best)
-                missing += [run for k in sorted(points) for run in runs_of(base, curve, width, lr_of(k), args["seeds"])
-                            if train.run_id(run) not in rows]
-            for stack in train.stacks(missing, device, args["stack"]):
-                if splits is None:
-                    splits = train.load_splits(base, args["data_dir"], device)
-                tracked = []
-                done = train.train(stack, splits, device, track=args["track"], tracked=tracked)
-                if tracked:     # first, so that a run whose row is there is tracked; a reader takes the newer of two
-                    train.append_rows(args["out"] / "track.jsonl", tracked)
-                train.append_rows(args["out"] / "runs.jsonl", done)
-                rows.update((key_of(row), row) for row in done)
-                tracks.update((key_of(row), row) for row in tracked)
-                report(width, len(done))
-        report(width, 0, finished=True)
+def run_grid(args, given, curves, device, rows, tracks, team, splits=None):
+    """Runs what is missing, in rounds over all widths, and appends each stack's rows to the files and to rows and tracks."""
+    report, name = progress_line(args, given, curves, rows), "" if team.rank == 0 else f"-rank{team.rank}"
+    while missing := missing_runs(args, given, curves, rows):
+        for stack in team.share(train.stacks(missing, device, args["stack"], team.size)):
+            if splits is None:
+                splits = train.load_splits(stack[0], args["data_dir"], device)
+            tracked = []
+            done = train_or_halve(stack, splits, device, args["track"], tracked)
+            if tracked:         # first, so that a run whose row is there is tracked; a reader takes the newer of two
+                train.append_rows(args["out"] / f"track{name}.jsonl", tracked)
+            train.append_rows(args["out"] / f"runs{name}.jsonl", done)
+            rows.update((key_of(row), row) for row in done)
+            tracks.update((key_of(row), row) for row in tracked)
+            report(stack[0]["width"])
+        team.exchange(args["out"], rows)
+
+
+def missing_runs(args, given, curves, rows):
+    """The runs that the search asks for next, of all curves and widths; none where it has ended."""
+    missing = []
+    for curve in curves:
+        lr_of, low, high, extensions = lattice(args, curve[CURVE.index("optimizer")])
+        k_of = {lr_of(k): k for k in range(low - extensions * COARSE, high + extensions * COARSE + 1)}
+        hint = None
+        for width in args["widths"]:
+            cell = cell_of(rows.values(), curve, width, args["seeds"])
+            done = {k_of[lr]: i for i, lr in enumerate(cell["lr"].tolist()) if lr in k_of}
+
+            def search(known, hint=hint):
+                return wanted(known, low, high, args["search"], extensions, hint)
+
+            _, points = replay(cell, done, args["criterion"], search)
+            new = [run for k in sorted(points) for run in runs_of(given, curve, width, lr_of(k), args["seeds"])
+                   if train.run_id(run) not in rows]
+            missing += new
+            if args["search"] != "grid" and not args["lrs"]:
+                if not search({}) <= done.keys():
+                    break           # wider nets wait for this one's coarse grid, which tells where to look
+                known = shown(cell, done, search({}), args["criterion"])
+                best = min(known, key=lambda k: known[k][0])
+                hint = best, max((k for k in known if known[k][1]), default=best)
+    return missing
 
 
 def replay(cell, done, criterion, search):
@@ -453,37 +515,104 @@ def replay(cell, done, criterion, search):
 
     So it takes the same path whatever else is in the folder, and wherever it was interrupted. done: {k: column of cell}.
     """
-    known, seeds = {}, len(cell["losses"])
+    known = {}
     while (points := search(known)) and points <= done.keys():
-        shown = sorted(known.keys() | points)
-        columns = [done[k] for k in shown]
-        seen = {**cell, "losses": cell["losses"][:, columns], "accuracies": cell["accuracies"][:, columns]}
-        loss, stable = stability(seen, np.full((1, seeds), 1 / seeds), criterion)
-        known = dict(zip(shown, zip(loss[0], stable[0])))
+        known = shown(cell, done, known.keys() | points, criterion)
     return known, points
 
 
-def runs_of(base, curve, width, lr, seeds):
-    return [train.configure({**base, **dict(zip(CURVE, curve)), "width": width, "lr": lr, "seed": seed}) for seed in range(seeds)]
+def shown(cell, done, ks, criterion):
+    """{k: (mean loss, stable)} of lattice points ks, as if no others had been run."""
+    columns, seeds = [done[k] for k in sorted(ks)], len(cell["losses"])
+    seen = {**cell, "losses": cell["losses"][:, columns], "accuracies": cell["accuracies"][:, columns]}
+    loss, stable = stability(seen, np.full((1, seeds), 1 / seeds), criterion)
+    return dict(zip(sorted(ks), zip(loss[0], stable[0])))
 
 
-def progress_line(args, base, runs_per_lr, lrs):
-    """report(width, runs done, finished) -> a line on standard error: rewritten in place on a terminal, else one a minute.
+def train_or_halve(stack, splits, device, track, tracked):
+    """train.train; a stack that does not fit into memory is halved, a single run that does not becomes a row saying so."""
+    try:
+        return train.train(stack, splits, device, track=track, tracked=tracked)
+    except (RuntimeError, MemoryError) as error:
+        if not train.out_of_memory(error):
+            raise
+    tracked.clear()
+    width, half = stack[0]["width"], len(stack) // 2
+    if half == 0:
+        say_once(f"width {width}: out of memory for a single run; it becomes a row without results")
+        return [train.failed_row(stack[0], "out of memory", device)]
+    say_once(f"width {width}: out of memory for {len(stack)} runs at once; going on with {half}")
+    parts = []
+    for part in (stack[:half], stack[half:]):
+        own = []
+        parts += train_or_halve(part, splits, device, track, own)
+        tracked += own
+    return parts
+
+
+@functools.cache
+def say_once(text):
+    print(f"\n{text}", file=sys.stderr)
+
+
+class Team:
+    """The ranks that torchrun started, which share the stacks of a round out by a counter on its store. One process alone
+    is a team of one. Ranks need a common result folder; each writes its own files in it."""
+
+    def __init__(self):
+        self.store, self.rank, self.size, self.round, self.meetings = None, 0, 1, 0, 0
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            self.store, self.rank, self.size = next(torch.distributed.rendezvous("env://"))
+            self.store.set_timeout(datetime.timedelta(days=365))        # a rank that dies ends the others through torchrun
+
+    def share(self, stacks):
+        """The stacks that fall to this rank, one by one, widest first: whoever is free takes the next."""
+        if self.store is None:
+            yield from stacks
+            return
+        stacks, self.round = sorted(stacks, key=lambda stack: -stack[0]["width"]), self.round + 1
+        while (i := self.store.add(f"round {self.round}", 1) - 1) < len(stacks):
+            yield stacks[i]
+
+    def meet(self):
+        """Waits until every rank is here."""
+        if self.store is not None:
+            self.meetings += 1
+            if self.store.add(f"meeting {self.meetings}", 1) == self.size:
+                self.store.set(f"met {self.meetings}", "")
+            self.store.wait([f"met {self.meetings}"])
+
+    def exchange(self, out, rows):
+        """Adds the rows that others wrote; nobody writes meanwhile."""
+        if self.store is not None:
+            self.meet()
+            rows.update(read_rows(out, mend=False))
+            self.meet()
+
+
+def runs_of(given, curve, width, lr, seeds):
+    return [train.configure({**given, **dict(zip(CURVE, curve)), "width": width, "lr": lr, "seed": seed}) for seed in range(seeds)]
+
+
+def progress_line(args, given, curves, rows):
+    """report(width) -> a line on standard error: rewritten in place on a terminal, else one a minute.
 
     The time left weighs each run by its number of parameters; a coarse-to-fine search is taken to need half the grid.
     """
-    expected = runs_per_lr * (lrs if args["search"] == "grid" else (lrs + 1) // 2)
-    cost = {width: train.replica_size(train.configure(dict(base, width=width)))[0] for width in args["widths"]}
-    ran, planned = dict.fromkeys(cost, 0), dict.fromkeys(cost, expected)
+    cost, planned, before = {}, {}, len(rows)
+    for width in args["widths"]:
+        cost[width] = train.replica_size(runs_of(given, curves[0], width, 1.0, 1)[0])[0]
+        planned[width] = sum(args["seeds"] * expected_lrs(args, curve) for curve in curves)
     start, shown = time.monotonic(), [0.0]
+    first = {key: row["width"] for key, row in rows.items()}
 
-    def report(width, runs, finished=False):
-        ran[width] += runs
-        planned[width] = ran[width] if finished else max(planned[width], ran[width])
-        seconds, done, total = time.monotonic() - start, sum(ran.values()), sum(planned.values())
-        done_cost = sum(cost[w] * ran[w] for w in cost)
-        left = seconds * (sum(cost[w] * planned[w] for w in cost) / done_cost - 1) if done_cost else 0
-        line = f"{done}/{total} runs, width {width}, {done / seconds:.1f} runs/s, {left // 60:.0f}:{left % 60:02.0f} left"
+    def report(width):
+        ran = {w: sum(row["width"] == w for row in rows.values()) for w in cost}
+        seconds, done = time.monotonic() - start, sum(ran.values())
+        total = sum(max(planned[w], ran[w]) for w in cost)
+        spent = sum(cost[w] * ran[w] for w in cost) - sum(cost.get(w, 0) for w in first.values())
+        left = seconds * sum(cost[w] * max(0, planned[w] - ran[w]) for w in cost) / spent if spent else 0
+        line = f"{done}/{total} runs, width {width}, {(done - before) / seconds:.1f} runs/s, {left // 60:.0f}:{left % 60:02.0f} left"
         if sys.stderr.isatty():
             print(f"\r{line:70}", end="", file=sys.stderr, flush=True)
         elif seconds - shown[0] >= 60:
@@ -491,6 +620,12 @@ def progress_line(args, base, runs_per_lr, lrs):
             print(line, file=sys.stderr, flush=True)
 
     return report
+
+
+def expected_lrs(args, curve):
+    """LRs of one width, about: of a coarse-to-fine search half the grid."""
+    _, low, high, _ = lattice(args, curve[CURVE.index("optimizer")])
+    return high - low + 1 if args["search"] == "grid" or args["lrs"] else (high - low + 2) // 2
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -507,16 +642,16 @@ def criterion(text):
 
 
 def parse(argv=None):
-    """(args, fixed settings of every run); a preset replaces defaults, flags on the command line replace both."""
+    """(args, settings given for every run, curves); a preset replaces defaults, flags on the command line replace both."""
     parser = train.Parser(description=__doc__.splitlines()[0])
     group = parser.add_argument_group("sweep")
-    group.add_argument("--preset", default="headline", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default headline)")
+    group.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default {', '.join(DEFAULT_PRESET.values())}, by --model)")
     group.add_argument("--scale", default="cpu", choices=("cpu", "paper"), help="cpu: two cores; paper: the paper's sizes (default cpu)")
     group.add_argument("--widths", type=int, nargs="+", metavar="N", help="widths")
     group.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default 3)")
     group.add_argument("--lrs", type=float, nargs="+", metavar="X", help="exactly these LRs, instead of a range")
     group.add_argument("--lr-range", type=float, nargs=2, metavar=("LO", "HI"),
-                       help="range of LRs; grows where the optimum or the edge lies outside (default 2^-8 2^3)")
+                       help="range of LRs; grows where the optimum or the edge lies outside (default 2^-8 2^3, Adam 2^-13 2^-3)")
     group.add_argument("--lr-step", type=float, default=math.sqrt(2), metavar="F", help="ratio of neighbouring LRs (default sqrt 2)")
     group.add_argument("--search", default="coarse-to-fine", choices=("coarse-to-fine", "grid"),
                        help="LRs to run (default coarse-to-fine)")
@@ -529,9 +664,10 @@ def parse(argv=None):
     train.add_flags(parser, several=CURVE, without=("width", "lr", "seed"))
 
     chosen, _ = parser.parse_known_args(argv)
-    if chosen.preset not in PRESETS:
-        raise ValueError(f"unknown preset {chosen.preset!r}; choose from {', '.join(PRESETS)}")
-    preset = {"lr_range": [2 ** -8, 2 ** 3], **PRESETS[chosen.preset][chosen.scale]}
+    name = chosen.preset or DEFAULT_PRESET.get(chosen.model, "headline")
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
+    preset = {"preset": name, "curves": [{}], **PRESETS[name][chosen.scale]}
     if chosen.lr_range:
         preset.pop("lrs", None)         # a range on the command line replaces a preset's list
     parser.set_defaults(**preset)
@@ -545,82 +681,103 @@ def parse(argv=None):
         raise ValueError(f"track is {args['track']}; it must be at least 0")
     if not 1 < args["lr_step"] <= 1000:
         raise ValueError(f"lr-step is {args['lr_step']}; it must be a number above 1, and at most 1000")
-    if not 1e-30 < args["lr_range"][0] < args["lr_range"][1] < 1e30:
+    if args["lr_range"] and not 1e-30 < args["lr_range"][0] < args["lr_range"][1] < 1e30:
         raise ValueError(f"lr-range is {args['lr_range']}; it must be two positive numbers, the lower one first, within 1e-30 and 1e30")
     if args["stack"] != "auto" and not (args["stack"].isdigit() and int(args["stack"])):
         raise ValueError(f"stack is {args['stack']!r}; it must be auto or a whole number, at least 1")
     args["stack"] = args["stack"] if args["stack"] == "auto" else int(args["stack"])
     args["search"] = "grid" if args["lrs"] else args["search"]
-    base = {name: args[name] for name in train.SETTINGS if name not in GRID}
-    for width in args["widths"]:
-        for lr in args["lrs"] or [1.0]:
-            for curve in curves_of(args):
-                runs_of(base, curve, width, lr, 1)
-    return args, base
+    given = {name: args[name] for name in train.SETTINGS if name not in GRID and args[name] is not None}
+    curves = curves_of(args, given)
+    for curve, width, lr in itertools.product(curves, args["widths"], args["lrs"] or [1.0]):
+        runs_of(given, curve, width, lr, 1)
+    return args, given, curves
 
 
-def curves_of(args):
-    param_first = ("param", "optimizer", "alpha", "loss")
-    return [tuple(dict(zip(param_first, values))[name] for name in CURVE)
-            for values in itertools.product(*(dict.fromkeys(args[name]) for name in param_first))]
+def curves_of(args, given):
+    """Values of CURVE, one tuple per curve: those of the preset, crossed with the lists given, loss in the innermost loop."""
+    lists = {name: args[name] if isinstance(args[name], list) else [args[name]] for name in CURVE[::-1] if args[name] is not None}
+    found = []
+    for preset, values in itertools.product(args["curves"], itertools.product(*lists.values())):
+        config = train.configure({**given, **preset, **dict(zip(lists, values))})
+        found.append(tuple(config[name] for name in CURVE))
+    return list(dict.fromkeys(found))
 
 
-def dry_run(args, base, device):
+def shared_settings(given, curves):
+    """The settings on which all runs agree."""
+    first, *others = [train.configure({**given, **dict(zip(CURVE, curve))}) for curve in curves]
+    return {name: value for name, value in first.items() if name not in GRID and all(other[name] == value for other in others)}
+
+
+def dry_run(args, given, curves, device):
     """Prints what the sweep would cost; times nothing but a second of matrix products."""
-    _, low, high, _ = lattice(args)
-    lrs = high - low + 1 if args["search"] == "grid" else (high - low + 2) // 2
     n = 1024
     a = torch.randn(n, n, device=device)
     start, products = time.perf_counter(), 0
     while time.perf_counter() - start < 1 or not products:
         products += 1
         (a @ a).sum().item()
-    rate = products * 2 * n ** 3 / (time.perf_counter() - start)
-    total = 0
-    print(f"{len(curves_of(args))} curves x {args['seeds']} seeds x {'' if args['search'] == 'grid' else 'about '}{lrs} LRs a width")
+    rate, total = products * 2 * n ** 3 / (time.perf_counter() - start), 0
+    print(f"{len(curves)} curves, {args['seeds']} seeds, LRs {args['search']}")
     print(f"{'width':>6} {'runs':>6} {'parameters':>11} {'stack':>6} {'stack memory':>13} {'operations':>11}")
     for width in args["widths"]:
-        run, = runs_of(base, curves_of(args)[-1], width, 1.0, 1)
-        runs = len(curves_of(args)) * args["seeds"] * lrs
-        parameters, memory = train.replica_size(run)
-        stack = max(len(part) for part in train.stacks([run] * (runs // len(set(args["loss"]))), device, args["stack"]))
-        operations = 6.0 * parameters * base["batch_size"] * base["steps"] * runs
+        runs = [run for curve in curves for run in runs_of(given, curve, width, 1.0, args["seeds"]) * expected_lrs(args, curve)]
+        parameters, memory = train.replica_size(runs[0])
+        stack = max(len(part) for part in train.stacks(runs, device, args["stack"]))
+        operations = 6.0 * parameters * len(runs) * runs[0]["steps"] * train.samples_of(runs[0])
         total += operations
-        print(f"{width:6} {runs:6} {parameters:11,} {stack:6} {stack * memory / 2 ** 20:10.0f} MiB {operations:11.2e}")
+        print(f"{width:6} {len(runs):6} {parameters:11,} {stack:6} {stack * memory / 2 ** 20:10.0f} MiB {operations:11.2e}")
     print(f"{total:.2e} operations, {total / rate / 60:.1f} minutes at this machine's {rate / 1e9:.0f} GFLOP/s "
           "(an upper bound on what is computed: diverging runs stop early; small matrices are slower)")
 
 
 def main():
-    args, base = parse()
-    device = train.choose_device(args["device"])
+    args, given, curves = parse()
+    device, splits = train.choose_device(args["device"]), None
+    if given.get("model") == "gpt":         # the data tell the vocabulary, which is part of a run's identity
+        splits = train.load_splits(train.configure(given), args["data_dir"], device)
+        given["vocab_size"] = splits.classes
     if args["dry_run"]:
-        return dry_run(args, base, device)
-    with open_folder(args["out"], {**base, "track": args["track"]}):
-        rows = {key: row for key, row in read_rows(args["out"]).items() if all(row.get(name) == base[name] for name in base)}
-        tracks = read_rows(args["out"], "track*.jsonl") if args["track"] else {}
+        return dry_run(args, given, curves, device)
+    team, shared = Team(), shared_settings(given, curves)
+    lock = open_folder(args["out"], {**shared, "track": args["track"]}) if team.rank == 0 else contextlib.nullcontext()
+    with lock:
+        found = read_rows(args["out"]) if team.rank == 0 else {}
+        rows = {key: row for key, row in found.items() if all(row.get(name) == shared[name] for name in shared)}
+        tracks = read_rows(args["out"], "track*.jsonl") if args["track"] and team.rank == 0 else {}
         if rows:
             print(f"{args['out']}: {len(rows)} runs found, going on", file=sys.stderr)
+        team.exchange(args["out"], rows)
         try:
-            run_grid(args, base, curves_of(args), device, rows, tracks)
+            run_grid(args, given, curves, device, rows, tracks, team, splits)
         except KeyboardInterrupt:
             print(f"\ninterrupted: {len(rows)} finished runs are kept in {args['out']}; the same command goes on", file=sys.stderr)
             raise
         print(file=sys.stderr)
-        found, curves = list(rows.values()), curves_of(args)
-        summary = {"command": " ".join(["python"] + sys.argv), "stable_if": args["stable_if"], "runs": len(rows),
-                   "seconds": round(sum(row["seconds"] for row in found), 1),
-                   **{name: base[name] for name in ("model", "data", "hidden_layers", "steps", "base_width")}, "rows": []}
-        if len(args["lrs"] or "") != 1:         # one LR alone has no optimum and no edge
-            summary["rows"] = summarize(found, curves, args["widths"], args["seeds"], args["criterion"], base)
-            print(table(summary["rows"]))
-        if args["track"]:
-            summary.update(summarize_tracks(found, tracks, curves, args["widths"], args["seeds"], base))
-            print(update_table(summary["updates"]))
-        write_json(args["out"] / "summary.json", summary)
+        if team.rank != 0:
+            return
+        if team.size > 1 and args["track"]:
+            tracks = read_rows(args["out"], "track*.jsonl")
+        report(args, given, curves, rows, tracks, shared)
     if not args["no_plots"]:
         for path in plots.draw(args["out"]):
             print(path)
+
+
+def report(args, given, curves, rows, tracks, shared):
+    """Prints predicted beside measured exponents and writes summary.json."""
+    found = list(rows.values())
+    summary = {"command": " ".join(["python"] + sys.argv), "stable_if": args["stable_if"], "runs": len(rows),
+               "seconds": round(sum(row["seconds"] for row in found), 1),
+               **{name: shared[name] for name in ("model", "data", "hidden_layers", "layers", "steps", "base_width")}, "rows": []}
+    if len(args["lrs"] or "") != 1:         # one LR alone has no optimum and no edge
+        summary["rows"] = summarize(found, curves, args["widths"], args["seeds"], args["criterion"], shared)
+        print(table(summary["rows"]))
+    if args["track"]:
+        summary.update(summarize_tracks(found, tracks, curves, args["widths"], args["seeds"], shared))
+        print(update_table(summary["updates"]))
+    write_json(args["out"] / "summary.json", summary)
 
 
 if __name__ == "__main__":

@@ -577,20 +577,26 @@ def schedule(step, config):
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
+def samples_of(config):
+    """Samples of a step, or tokens."""
+    return config["batch_size"] * (config["context"] if config["model"] == "gpt" else 1)
+
+
 def replica_size(config):
     """(parameters, bytes of memory) of one replica: weights, optimizer state, gradients, activations and batches."""
     model, _, _ = build(config)
     parameters = sum(p.numel() for p in model.parameters())
-    copies = {"sgd": 3 if config["momentum"] or config["weight_decay"] or config["clip"] else 1, "adam": 6}[config["optimizer"]]
-    floats = copies * parameters + config["batch_size"] * 3 * sum(sum(p.shape) for p in model.parameters())
+    plain = not (config["momentum"] or config["weight_decay"] or config["clip"] or config["model"] == "gpt")
+    copies = {"sgd": 1 if plain else 3, "adam": 6}[config["optimizer"]]
+    floats = copies * parameters + samples_of(config) // config["accumulate"] * 3 * sum(sum(p.shape) for p in model.parameters())
     return parameters, floats * (8 if config["dtype"] == "float64" else 4)
 
 
-def stacks(runs, device="cpu", size="auto"):
-    """Groups configurations into lists that `train` can take, each of at most `size` runs.
+def stacks(runs, device="cpu", size="auto", shares=1):
+    """Groups configurations into lists that `train` can take, each of at most `size` runs, enough of them for `shares` ranks.
 
-    auto: on the CPU as many replicas as keep the weights near the cache (8M in all, at most 64); on CUDA as many as fit
-    into half of the free memory (at most 256). One at least.
+    auto: on the CPU as many replicas as keep the weights near the cache (8M in all, at most 64; one GPT, where stacked
+    attention loses); on CUDA as many as fit into half of the free memory (at most 256). One at least.
     """
     groups = {}
     for run in runs:
@@ -603,8 +609,8 @@ def stacks(runs, device="cpu", size="auto"):
         elif torch.device(device).type == "cuda":
             limit = min(256, torch.cuda.mem_get_info(device)[0] // 2 // memory)
         else:
-            limit = min(64, 2 ** 23 // parameters)
-        parts = math.ceil(len(group) / max(1, limit))
+            limit = min(64, 2 ** 23 // parameters) if group[0]["model"] == "mlp" else 1
+        parts = max(math.ceil(len(group) / max(1, limit)), min(shares, len(group)))
         bounds = [len(group) * i // parts for i in range(parts + 1)]       # parts of equal size, to one run
         yield from (group[a:b] for a, b in zip(bounds, bounds[1:]))
 
@@ -779,7 +785,13 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
               "seconds": round((time.perf_counter() - start) / len(runs), 4)}
     return [{"id": run_id(run), **run,
              **{name: math.fsum(column[r]) / tenth if diverged_at[r] is None else None for name, column in columns.items()},
-             **finals[r], "diverged_at": diverged_at[r], **shared} for r, run in enumerate(runs)]
+             **finals[r], "diverged_at": diverged_at[r], "failed": None, **shared} for r, run in enumerate(runs)]
+
+
+def failed_row(run, reason, device):
+    """The row of a run that could not be trained at all."""
+    nothing = dict.fromkeys(("final_train_loss", "train_accuracy", "val_loss", "val_accuracy", "logit_rms", "diverged_at"))
+    return {"id": run_id(run), **run, **nothing, "failed": reason, "chance_loss": None, **provenance(device), "seconds": 0.0}
 
 
 def save_checkpoint(path, state):
@@ -875,7 +887,7 @@ def evaluate(forward, splits, loss, replicas, chunk=256):
 
 @functools.cache
 def provenance(device):
-    """Where a row comes from: versions, device, threads, git commit of this file (with "+" if the tree was changed), and
+    """Where a row comes from: versions, device, git commit of this file (with "+" if the tree was changed), and
     whether the same run gives the same bits here whatever shares its stack: MKL promises it on the CPU, CUDA does not."""
     def git(*command):
         try:
@@ -886,7 +898,7 @@ def provenance(device):
     changed = "+" if commit and git("status", "--porcelain", "--untracked-files=no") else ""
     kind = torch.device(device).type
     name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
-    return {"python": platform.python_version(), "torch": torch.__version__, "device": name, "threads": torch.get_num_threads(),
+    return {"python": platform.python_version(), "torch": torch.__version__, "device": name,
             "commit": commit + changed if commit else None, "deterministic": kind == "cpu" and torch.backends.mkl.is_available()}
 
 
@@ -912,26 +924,32 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser, several=(), without=()):
-    """A flag for every setting, but those in `without`; those in `several` take a list. Then what both scripts share."""
+    """A flag for every setting, None where it is not given, but for those in `without`; those in `several` take a list.
+    Then what both scripts share."""
     group = parser.add_argument_group("settings of a run")
     for name, (default, kind, text) in SETTINGS.items():
-        flag, words = "--" + name.replace("_", "-"), f"{text}: {kind.words} (default {default})".replace("%", "%%")
+        others = "".join(f"; {model} {optimizer}: {values[name]}" for (model, optimizer), values in DEFAULTS.items() if name in values)
+        flag, default = "--" + name.replace("_", "-"), f" (default {default}{others})".replace("%", "%%")
         if kind is FLAG:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text + default)
         elif name not in without:
-            listed = {"nargs": "+", "default": [default]} if name in several else {"default": default}
-            group.add_argument(flag, type=kind.type, metavar={str: "NAME", int: "N", float: "X"}[kind.type], help=words, **listed)
+            words = f"{text}: {kind.words}".replace("%", "%%") + default
+            group.add_argument(flag, type=kind.type, metavar={str: "NAME", int: "N", float: "X"}[kind.type], help=words,
+                               nargs="+" if name in several else None)
     group = parser.add_argument_group("measurements and machine")
     group.add_argument("--track", type=int, default=0, metavar="N",
                        help="measure every module in the first 20 steps, then every N-th, into track.jsonl of --out; 0 is never (default 0)")
     group.add_argument("--data-dir", metavar="DIR", help="folder of the data files (default $DATA_DIR, ./data)")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; under torchrun each rank takes its own (default auto)")
 
 
 def choose_device(name):
-    """torch device name; auto takes CUDA where there is one. ValueError if it is not there."""
+    """torch device name; auto takes CUDA where there is one. Under torchrun, ranks of a node take its CUDA devices in turn.
+    ValueError if it is not there."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise ValueError(f"device is {name!r}; choose auto, cpu, cuda or cuda:N")
@@ -948,7 +966,7 @@ def command_line(main):
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "alloc" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+        if not out_of_memory(error):
             raise
         print(f"{Path(sys.argv[0]).name}: out of memory; use a smaller width, batch size or --stack", file=sys.stderr)
         sys.exit(2)
@@ -956,29 +974,58 @@ def command_line(main):
         sys.exit(130)
 
 
+def out_of_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
 def main():
-    parser = Parser(description="Train one network and print its result row as JSON.")
+    parser = Parser(description="Train one network and print its result row as JSON. Under torchrun: data-parallel.")
     add_flags(parser)
     group = parser.add_argument_group("results")
-    group.add_argument("--out", type=Path, metavar="DIR", help="also write the row to DIR/runs-ID.jsonl")
+    group.add_argument("--out", type=Path, metavar="DIR", help="also write the row to DIR/runs-ID.jsonl; a run found there is not run again")
+    group.add_argument("--checkpoint", type=int, default=0, metavar="N",
+                       help="every N steps write all that is needed to go on to DIR/checkpoint-ID.pt; 0 is never (default 0)")
     args = vars(parser.parse_args())
-    device, data_dir, out, track = (args.pop(name) for name in ("device", "data_dir", "out", "track"))
-    config, tracked = configure(args), []
-    if track < 0 or (track and not out):
-        raise ValueError(f"track is {track}; it must be at least 0, and needs a folder to write to: --out DIR")
-
-    def progress(step, alive):
-        if sys.stderr.isatty() or step == config["steps"]:
-            print(f"\rstep {step}/{config['steps']}", end="", file=sys.stderr, flush=True)
-
-    row, = train([config], device=choose_device(device), data_dir=data_dir, progress=progress, track=track, tracked=tracked)
-    print("" if row["diverged_at"] is None else f"\ndiverged at step {row['diverged_at']}", file=sys.stderr)
+    device, data_dir, out, track, every = (args.pop(name) for name in ("device", "data_dir", "out", "track", "checkpoint"))
+    config, tracked, device = configure({name: value for name, value in args.items() if value is not None}), [], choose_device(device)
+    for name, value in (("track", track), ("checkpoint", every)):
+        if value < 0 or (value and not out):
+            raise ValueError(f"{name} is {value}; it must be at least 0, and needs a folder to write to: --out DIR")
+    splits = load_splits(config, data_dir, device)
+    if config["model"] == "gpt":
+        config["vocab_size"] = splits.classes
     if out:
         out.mkdir(parents=True, exist_ok=True)
+    file, checkpoint = (out and out / name.format(run_id(config)) for name in ("runs-{}.jsonl", "checkpoint-{}.pt"))
+    if file and file.exists() and file.read_bytes().endswith(b"\n"):
+        print(f"{file} is there: not run again", file=sys.stderr)
+        return print(file.read_text().splitlines()[-1])
+
+    leader = True
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        leader = torch.distributed.get_rank() == 0
+
+    def progress(step, alive):
+        if leader and (sys.stderr.isatty() or step == config["steps"]):
+            print(f"\rstep {step}/{config['steps']}", end="", file=sys.stderr, flush=True)
+
+    try:
+        row, = train([config], splits, device, None, progress, track, tracked, checkpoint if every else None, every)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command goes on from {checkpoint}" if every and checkpoint.exists() else "\ninterrupted", file=sys.stderr)
+        raise
+    if leader:
+        print("" if row["diverged_at"] is None else f"\ndiverged at step {row['diverged_at']}", file=sys.stderr)
         if tracked:
             append_rows(out / "track.jsonl", tracked)
-        append_rows(out / f"runs-{row['id']}.jsonl", [row])
-    print(json.dumps(row, allow_nan=False))
+        if out:
+            append_rows(file, [row])
+            checkpoint.unlink(missing_ok=True)
+        print(json.dumps(row, allow_nan=False))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
