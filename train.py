@@ -875,7 +875,7 @@ def finite(values):
 
 def evaluate(forward, splits, loss, replicas, chunk=256):
     """[{val_loss, val_accuracy, logit_rms}] per replica; logit_rms is the RMS over classes, averaged over samples."""
-    sums = torch.zeros(3, replicas, dtype=torch.float64, device=splits.x.device)
+    sums = torch.zeros(3, replicas, dtype=torch.float64, device=splits.x_val.device)
     for x, y in zip(splits.x_val.split(chunk), splits.y_val.split(chunk)):
         logits = forward(x)                                                 # (R, chunk, ..., C)
         y = y.expand(replicas, *y.shape)
