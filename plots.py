@@ -7,9 +7,12 @@
     updates       effective and propagating updates of every layer against width (Fig. 4)
     alignment     operator-norm alignment over training steps, one line per width (Fig. 2)
     limit         distance of the softmax outputs to the widest network's, and the features' change (Proposition 2)
+    losses        best validation accuracy over LR against width for every loss and parameterization (Fig. 7)
+    calibration   expected calibration error and logits at the optimal LR against width
+    tensor_kinds  exponents of a GPT's updates by kind of tensor
 
 Figure numbers are those of arXiv 2505.22491. Each function takes the summary.json that sweep.py writes, and returns a
-matplotlib figure. The last four need a sweep with --track. Widths are a sequential colour, curves the colour-blind-safe
+matplotlib figure. regimes, updates, alignment, limit and tensor_kinds need a sweep with --track. Widths are a sequential colour, curves the colour-blind-safe
 set of Okabe and Ito.
 Needs numpy and matplotlib only.
 """
@@ -31,15 +34,31 @@ STYLE = {"figure.dpi": 160, "savefig.dpi": 160, "font.size": 10, "axes.spines.to
          "axes.titlesize": 10.5, "figure.constrained_layout.use": True}
 
 
+CURVE = {"loss": NAMES.get, "param": NAMES.get, "optimizer": NAMES.get, "alpha": lambda value: f"α = {value:g}",
+         "norm_affine": lambda value: "" if value else "no norm gains"}         # how a value is written
+
+
 def name_of(row, rows):
-    """What tells this curve from the others: its loss, and parameterization and optimizer where they differ."""
-    keys = ["loss"] + [key for key in ("param", "optimizer", "alpha") if len({other[key] for other in rows}) > 1]
-    return ", ".join(NAMES.get(row[key], f"α = {row[key]}") for key in keys)
+    """What tells this curve from the others: the settings that differ among them, or its loss."""
+    keys = [key for key in CURVE if len({str(other.get(key)) for other in rows}) > 1] or ["loss"]
+    words = [CURVE[key](row[key]) for key in keys]
+    return ", ".join(word for word in words if word)
 
 
 def setting(summary):
     """The title line of a sweep: what all its curves share."""
-    return f"{summary['data'].replace('_', '-')}, {summary['hidden_layers']} hidden layers, {summary['steps']} steps"
+    layers = f"GPT, {summary['layers']} layers" if summary["model"] == "gpt" else f"{summary['hidden_layers']} hidden layers"
+    return f"{summary['data'].replace('_', '-')}, {layers}, {summary['steps']} steps"
+
+
+def panels(count, width, height, most=3, **kwargs):
+    """(figure, axes) of `count` panels, at most `most` in a row; those left over are not shown."""
+    columns = min(count, most)
+    figure, axes = plt.subplots(-(-count // columns), columns, figsize=(width * columns + 0.6, height * -(-count // columns) + 0.3),
+                                squeeze=False, **kwargs)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, axes
 
 
 def curves(summary):
@@ -79,16 +98,21 @@ def geometric_mean(entry):
 
 
 def lr_transfer(summary):
-    """Loss against LR (top) and against LR x (n / n0)^(predicted exponent) (bottom), one column per curve."""
+    """Loss against LR, one panel per curve; up to four curves also against LR x (n / n0)^(predicted exponent)."""
     rows = curves(summary)
-    figure, axes = plt.subplots(2, len(rows), figsize=(3.9 * len(rows) + 0.9, 5.6), squeeze=False)
+    if len(rows) <= 4:
+        figure, axes = plt.subplots(2, len(rows), figsize=((3.9 if len(rows) < 4 else 3.1) * len(rows) + 0.9, 5.6), squeeze=False)
+        pairs = list(zip(axes[0], axes[1]))
+    else:
+        figure, axes = panels(len(rows), 3.3, 2.9)
+        pairs = [(axis,) for axis in axes.flat]
     shades = plt.get_cmap("viridis_r")(np.linspace(0.12, 1.0, max(len(row["widths"]) for row in rows)))
-    for column, row in zip(axes.T, rows):
+    for pair, row in zip(pairs, rows):
         predicted = row["predicted_max_stable_exponent"]
         for i, (width, curve) in enumerate(zip(row["widths"], row["curves"])):
             losses = np.array([floats(seed) for seed in curve["train_loss"]])           # (S, K)
             ok = np.isfinite(losses).all(0)         # an LR at which a seed diverged has no mean
-            for axis, exponent in zip(column, (0.0, predicted or 0.0)):
+            for axis, exponent in zip(pair, (0.0, predicted or 0.0)):
                 lr = np.array(curve["lr"]) * (width / row["base_width"]) ** -exponent
                 axis.plot(lr[ok], losses[:, ok].mean(0), marker="o", markersize=2.6, color=shades[i], label=f"{width}", zorder=3)
                 axis.fill_between(lr[ok], losses[:, ok].min(0), losses[:, ok].max(0), color=shades[i], alpha=0.18, linewidth=0)
@@ -98,17 +122,22 @@ def lr_transfer(summary):
         seen = np.concatenate([floats(np.ravel(curve["train_loss"])) for curve in row["curves"]])
         low, chance = np.nanmin(seen), row["chance_loss"]
         top = max(chance + 0.12 * (chance - low), min(np.nanmax(seen), 1.7 * chance))
-        for axis in column:
+        for axis in pair:
             axis.axhline(chance, color="0.5", linewidth=0.9, linestyle="--")
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(LogLocator(base=10, numticks=12))
             axis.set_ylim(low - 0.06 * (top - low), top)
-        column[0].set_title(name_of(row, rows))
-        column[0].set_xlabel("learning rate")
-        column[1].set_xlabel(f"learning rate × (n / {row['base_width']})$^{{{-predicted:g}}}$" if predicted else "learning rate")
+            axis.set_xlabel("learning rate")
+        pair[0].set_title(name_of(row, rows))
+        if len(pair) > 1 and predicted:
+            pair[1].set_xlabel(f"learning rate × (n / {row['base_width']})$^{{{-predicted:g}}}$")
     for axis in axes[:, 0]:
         axis.set_ylabel("final train loss")
-    axes[0, -1].legend(*axes[0, 0].get_legend_handles_labels(), title="width", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    handles = axes[0, 0].get_legend_handles_labels()
+    if len(rows) == 5:      # the sixth panel's place
+        figure.legend(*handles, title="width", loc="lower right", bbox_to_anchor=(0.93, 0.12))
+    else:
+        axes[0, -1].legend(*handles, title="width", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"{setting(summary)}. Dotted: stability edge. Dashed: constant predictor", fontsize=10.5)
     return figure
 
@@ -116,8 +145,8 @@ def lr_transfer(summary):
 def exponents(summary):
     """Optimal LR (circles) and the bracket of the largest stable one (bars) against width, one panel per curve."""
     rows = curves(summary)
-    figure, axes = plt.subplots(1, len(rows), figsize=(3.7 * len(rows) + 0.4, 3.9), sharey=True, squeeze=False)
-    for axis, row, colour in zip(axes[0], rows, np.resize(COLOURS, len(rows))):
+    figure, axes = panels(len(rows), 3.7, 3.6, sharey="row")
+    for axis, row, colour in zip(axes.flat, rows, np.resize(COLOURS, len(rows))):
         widths, optimal, stable, unstable = (floats(row[key]) for key in ("widths", "optimal_lr", "max_stable_lr", "min_unstable_lr"))
         edge, predicted = np.sqrt(stable * unstable), row["predicted_max_stable_exponent"]
         legend = []
@@ -139,9 +168,10 @@ def exponents(summary):
         octaves(axis.xaxis, row["widths"])
         axis.legend(*zip(*legend), loc="lower left", fontsize=8, bbox_to_anchor=(0, 0)) if legend else None
         axis.margins(x=0.08)
-    low, high = axes[0, 0].get_ylim()
-    axes[0, 0].set_ylim(low / (high / low) ** 0.35, high)          # room for the legends
-    axes[0, 0].set_ylabel("learning rate")
+    for axis in axes[:, 0]:
+        low, high = axis.get_ylim()
+        axis.set_ylim(low / (high / low) ** 0.4, high)             # room for the legends
+        axis.set_ylabel("learning rate")
     figure.suptitle(f"{setting(summary)} (brackets: 95 % intervals)", fontsize=10.5)
     return figure
 
@@ -244,8 +274,8 @@ def updates(summary):
                     axis.plot(widths[np.isfinite(mean)], mean[np.isfinite(mean)], "o", color=colour, markersize=4)
                     if entry["exponent"] is not None:
                         axis.plot(widths, fit_line(widths, mean, entry["exponent"]), color=colour,
-                                  label=f"α = {entry['alpha']:g}: {entry['exponent']:+.2f} ({entry['predicted']:+.2f})"
-                                  .replace("-", "−"))
+                                  label=f"{name_of(entry, entries)}: {entry['exponent']:+.2f} ({entry['predicted']:+.2f})"
+                                  .replace(" -", " −").replace("(-", "(−"))
         axis.set(xscale="log", yscale="log", xlabel="width n" if i == 1 or j == 0 else "")
         octaves(axis.xaxis, entries[0]["widths"])
         axis.set_visible(bool(axis.lines))
@@ -257,8 +287,7 @@ def updates(summary):
         axis.set_title(f"{name}: {'ΔW x' if kind == 'effective' else 'W₀ Δx'}")
     axes[0, 0].set_ylabel("RMS, effective update")
     axes[1, min(1, len(layers) - 1)].set_ylabel("RMS, propagating update")
-    names = ", ".join(NAMES[value] for value in keys[0][:3])
-    figure.suptitle(f"{names}, after one step. Exponent measured (predicted)", fontsize=10.5)
+    figure.suptitle(f"{setting(summary)}: after one step. Exponent measured (predicted)", fontsize=10.5)
     return figure
 
 
@@ -311,15 +340,92 @@ def limit(summary):
     return figure
 
 
+def tensor_kinds(summary):
+    """Exponents of every tensor's updates by its kind, over the layers: measured (points, 95 % bars) and predicted (ticks)."""
+    entries = [entry for entry in summary["updates"] if entry["step"] == 1 and entry["kind"] != "logits"]
+    kinds = list(dict.fromkeys(entry["module"].rpartition(".")[2] for entry in entries))
+    figure, axes = plt.subplots(2, 1, figsize=(0.78 * len(kinds) + 2.4, 5.6), sharex=True, squeeze=False)
+    keys = curve_keys(entries)
+    for axis, (kind, title) in zip(axes[:, 0], (("effective", "effective updates ΔW x"), ("propagating", "propagating updates W₀ Δx"))):
+        for i, (key, colour) in enumerate(zip(keys, COLOURS)):
+            here = [entry for entry in entries if curve_key(entry) == key and entry["kind"] == kind and entry["exponent"] is not None]
+            place = np.array([kinds.index(entry["module"].rpartition(".")[2]) for entry in here]) + 0.26 * (i - (len(keys) - 1) / 2)
+            axis.hlines([entry["predicted"] for entry in here], place - 0.12, place + 0.12, color=colour, linewidth=2.4, alpha=0.45)
+            y = floats(entry["exponent"] for entry in here)
+            bars = np.abs(np.array([floats(entry["interval"]) for entry in here]).reshape(-1, 2) - y[:, None]).T
+            label = NAMES[key[1]]
+            axis.errorbar(place, y, bars, fmt="o", color=colour, markersize=4, markerfacecolor="white", elinewidth=1, label=label)
+        axis.axhline(0, color="0.4", linewidth=0.8)
+        axis.set(title=title, ylabel="width exponent")
+        axis.grid(axis="x", visible=False)
+    axes[1, 0].set_xticks(range(len(kinds)), [kind.replace("_", "\n") for kind in kinds])
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", title="ticks: predicted\npoints: measured")
+    figure.suptitle(f"{setting(summary).rpartition(',')[0]}, {NAMES[keys[0][2]]}, after one step", fontsize=10.5)
+    return figure
+
+
+def losses(summary):
+    """Best validation accuracy over LR against width, one panel per parameterization, one line per loss (Fig. 7)."""
+    rows = curves(summary)
+    names = list(dict.fromkeys(row["param"] for row in rows))
+    figure, axes = panels(len(names), 3.2, 3.2, sharey=True)
+    for row in rows:
+        axis, colour = axes.flat[names.index(row["param"])], COLOURS[list(NAMES).index(row["loss"])]
+        seeds = np.array([floats(values) for values in row["best_val_accuracy"]])           # (W, S)
+        spread = t_quantile(seeds.shape[1] - 1) * seeds.std(1, ddof=1) / np.sqrt(seeds.shape[1]) if seeds.shape[1] > 1 else 0
+        axis.errorbar(row["widths"], 100 * seeds.mean(1), 100 * spread, fmt="o-", color=colour, capsize=2.5, markersize=4,
+                      label=NAMES[row["loss"]])
+        axis.set(xscale="log", xlabel="width n", title=NAMES[row["param"]])
+        octaves(axis.xaxis, row["widths"])
+    axes[0, 0].set_ylabel("best validation accuracy (%)")
+    axes[0, 0].legend()
+    figure.suptitle(f"{setting(summary)} (bars: 95 % over seeds)", fontsize=10.5)
+    return figure
+
+
+def t_quantile(freedom):
+    """97.5 % quantile of Student's t."""
+    return floats([np.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306])[freedom] if freedom < 9 else 1.96 + 2.5 / freedom
+
+
+def calibration(summary):
+    """Expected calibration error and RMS of the logits at the optimal LR against width, under cross-entropy."""
+    rows = [row for row in curves(summary) if row["loss"] == "ce"]
+    figure, axes = plt.subplots(1, 2, figsize=(8.2, 3.4))
+    for row, colour in zip(rows, COLOURS):
+        for axis, key in zip(axes, ("val_ece", "logit_rms")):
+            seeds = np.array([floats(values) for values in row["at_optimum"][key]])         # (W, S)
+            slope = np.polyfit(np.log(row["widths"]), np.log(seeds.mean(1)), 1)[0]
+            axis.plot(row["widths"], seeds, "o", color=colour, markersize=3, alpha=0.5)
+            axis.plot(row["widths"], seeds.mean(1), color=colour, label=f"{name_of(row, rows)}: {power(slope)}")
+            axis.set(xscale="log", yscale="log", xlabel="width n")
+            octaves(axis.xaxis, row["widths"])
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for axis, label in zip(axes, ("expected calibration error", "RMS of the logits")):
+        axis.set_ylabel(label)
+        axis.legend(fontsize=8.5)
+    figure.suptitle(f"{setting(summary)}: at the optimal learning rate, CE; one point per seed", fontsize=10.5)
+    return figure
+
+
+def is_mlp(summary):
+    return summary["model"] == "mlp"
+
+
 # figure: (function, can this summary show it?)
 FIGURES = {
     "lr_transfer": (lr_transfer, curves),
     "exponents": (exponents, curves),
     "optimal_lr": (optimal_lr, curves),
     "regimes": (regimes, lambda summary: len({entry["alpha"] for entry in summary.get("updates", ())}) > 2),
-    "updates": (updates, lambda summary: summary.get("updates")),
-    "alignment": (alignment, lambda summary: summary.get("alignment") and len(summary["alignment"][0]["steps"]) > 5),
-    "limit": (limit, lambda summary: summary.get("limit") and summary["steps"] > 20),
+    "updates": (updates, lambda summary: is_mlp(summary) and summary.get("updates")),
+    "tensor_kinds": (tensor_kinds, lambda summary: not is_mlp(summary) and summary.get("updates")),
+    "alignment": (alignment, lambda summary: is_mlp(summary) and summary.get("alignment") and len(summary["alignment"][0]["steps"]) > 5),
+    "limit": (limit, lambda summary: is_mlp(summary) and summary.get("limit") and summary["steps"] > 20),
+    "losses": (losses, lambda summary: len({row["loss"] for row in curves(summary)}) > 2),
+    "calibration": (calibration, lambda summary: is_mlp(summary) and len({row["param"] for row in curves(summary) if row["loss"] == "ce"}) > 1),
 }
 
 

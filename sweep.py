@@ -45,6 +45,24 @@ PRESETS = {     # name: {scale: flags}
                     loss=["ce", "mse"], seeds=3, lr_range=[2 ** -9, 1.0], stable_if="accuracy"),
         "paper": dict(data="mnist", hidden_layers=7, steps=937, widths=[256, 512, 1024, 2048, 4096, 8192, 16384],
                       loss=["ce", "mse"], seeds=4, lr_range=[2 ** -12, 4.0], stable_if="accuracy")},
+    "lr_transfer": {
+        "cpu": dict(param=["sp", "ntp", "mup", "sp_full_align"], hidden_layers=4, steps=100, widths=[64, 128, 256, 512], seeds=3),
+        "paper": dict(param=["sp", "ntp", "mup", "sp_full_align"], data="mnist", hidden_layers=7, steps=937, seeds=4,
+                      widths=[256, 512, 1024, 2048, 4096], stable_if="accuracy")},
+    "losses": {
+        "cpu": dict(data="fashion_mnist", loss=["ce", "mse", "brier"], param=["sp", "mup", "sp_full_align"], widths=[64, 128, 256, 512],
+                    base_width=64, steps=200, seeds=3, stable_if="accuracy"),
+        "paper": dict(data="fashion_mnist", loss=["ce", "mse", "brier"], param=["sp", "mup", "sp_full_align"], hidden_layers=7,
+                      widths=[256, 512, 1024, 2048, 4096, 8192], steps=937, seeds=4, stable_if="accuracy")},
+    "updates": {
+        "cpu": dict(curves=[dict(alpha=0.5), dict(param="mup"), dict(param="sp_full_align")], widths=[128, 256, 512, 1024],
+                    lrs=[0.02], readout_scale=0.05, steps=10, seeds=3, track=1),
+        "paper": dict(curves=[dict(alpha=0.5), dict(param="mup"), dict(param="sp_full_align")], hidden_layers=7, steps=100, seeds=4,
+                      widths=[256, 512, 1024, 2048, 4096], lrs=[0.02], readout_scale=0.05, track=10)},
+    "alignment": {
+        "cpu": dict(alpha=[0.5], widths=[64, 128, 256, 512, 1024], lrs=[0.1], steps=200, seeds=3, track=20),
+        "paper": dict(alpha=[0.5], data="mnist", widths=[256, 512, 1024, 2048, 4096], hidden_layers=7, lrs=[0.1], steps=937, seeds=4,
+                      track=50)},
     "regimes": {
         "cpu": dict(loss=["ce", "mse"], alpha=[-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25], widths=[128, 256, 512, 1024],
                     lrs=[0.005], readout_scale=0.05, steps=4, seeds=3, track=1),
@@ -62,6 +80,11 @@ PRESETS = {     # name: {scale: flags}
         "cpu": dict(model="gpt", widths=[32, 64, 128], seeds=2, steps=100, optimizer=["adam"], stable_if="best+1"),
         "paper": dict(model="gpt", widths=[256, 1024], seeds=2, steps=10_681, layers=6, context=512, batch_size=256, accumulate=8,
                       warmup=700, dtype="bfloat16", base_width=256, optimizer=["adam"], stable_if="best+1")},
+    "gpt_updates": {
+        "cpu": dict(model="gpt", optimizer=["adam"], param=["sp", "mup", "sp_full_align"], widths=[64, 128, 256, 512], lrs=[0.001],
+                    warmup=0, decay="none", steps=4, seeds=3, track=1),
+        "paper": dict(model="gpt", optimizer=["adam"], param=["sp", "mup", "sp_full_align"], widths=[256, 512, 1024, 2048, 4096],
+                      base_width=256, layers=6, context=512, batch_size=64, warmup=0, decay="none", lrs=[0.001], steps=4, seeds=3, track=1)},
     "limit": {
         "cpu": dict(alpha=[0.5, 1.0], widths=[128, 256, 512, 1024], lrs=[0.1], steps=100, seeds=3, track=10),
         "paper": dict(alpha=[0.5, 1.0], widths=[256, 512, 1024, 2048, 4096, 8192], hidden_layers=7, lrs=[0.1], steps=937,
@@ -153,7 +176,7 @@ def cell_of(rows, curve, width, seeds):
         return np.array([[diverged if row[name] is None else row[name] for row in line] for line in table]).reshape(ok.shape)
 
     return {"lr": np.array(lrs), "losses": np.where(ok, column("final_train_loss", DIVERGED), DIVERGED),
-            "accuracies": column("train_accuracy", 0.0), "chance": table[0][0]["chance_loss"] if lrs else math.nan}
+            "accuracies": column("train_accuracy", 0.0), **{name: column(name, math.nan) for name in train.VALIDATION}, "chance": table[0][0]["chance_loss"] if lrs else math.nan}
 
 
 def stability(cell, weights, criterion):
@@ -273,6 +296,9 @@ def summarize(rows, curves, widths, seeds, criterion, shared):
             if not math.isnan(stable) and math.isnan(unstable):
                 flags.append(f"width {width}: nothing unstable up to LR {cell['lr'][-1]:.3g}")
         lrs = np.exp(points[:, 1:])
+        at_optimum = {name: [train.finite(cell[name][:, int(best)].tolist()) for (best, *_), cell in zip(points, cells)]
+                      for name in train.VALIDATION}                                             # [W][S]
+        best = [np.nan_to_num(cell["val_accuracy"]).mean(0).argmax() for cell in cells]
         summary.append({
             **{key: shared[key] for key in ("model", "data", "base_width", "hidden_layers", "steps")},
             **dict(zip(CURVE, curve)), "widths": list(present),
@@ -283,7 +309,8 @@ def summarize(rows, curves, widths, seeds, criterion, shared):
             "predicted_max_stable_exponent": number(predicted),
             "best_train_accuracy": [number(cell["accuracies"].mean(0).max()) for cell in cells],
             "best_train_loss": [number(cell["losses"].mean(0).min()) for cell in cells],
-            "chance_loss": cells[0]["chance"], "flags": flags,
+            "best_val_accuracy": [train.finite(cell["val_accuracy"][:, k].tolist()) for cell, k in zip(cells, best)],     # [W][S]
+            "at_optimum": at_optimum, "chance_loss": cells[0]["chance"], "flags": flags,
             "curves": [{"lr": cell["lr"].tolist(),
                         "train_loss": [[number(v) if v < DIVERGED else None for v in line] for line in cell["losses"]]} for cell in cells],
         })

@@ -77,7 +77,7 @@ SETTINGS = {    # name: (default, kind, help)
     "activation":    ("relu", one_of(*models.ACTIVATIONS), "nonlinearity"),
     "bias":          (False, FLAG, "biases, initially zero"),
     "layers":        (2, COUNT, "gpt: decoder layers"),
-    "context":       (64, COUNT, "gpt: tokens of a sample"),
+    "context":       (32, COUNT, "gpt: tokens of a sample"),
     "head_dim":      (32, COUNT, "gpt: size of an attention head, at every width"),
     "norm_affine":   (True, FLAG, "gpt: trainable gains of LayerNorm"),
     "qk_norm":       (True, FLAG, "gpt: LayerNorm on queries and keys"),
@@ -109,8 +109,8 @@ SETTINGS = {    # name: (default, kind, help)
     "dtype":         ("float32", one_of("float32", "float64", "bfloat16"), "bfloat16: float32 weights under autocast"),
 }
 DEFAULTS = {    # (model, optimizer): the defaults that differ there; the GPT's are the paper's
-    ("gpt", "sgd"):  dict(data="stdlib", base_width=64, batch_size=16, val_size=64, decay="cosine", warmup=10),
-    ("gpt", "adam"): dict(data="stdlib", base_width=64, batch_size=16, val_size=64, decay="cosine", warmup=10,
+    ("gpt", "sgd"):  dict(data="stdlib", base_width=64, batch_size=8, val_size=128, decay="cosine", warmup=10),
+    ("gpt", "adam"): dict(data="stdlib", base_width=64, batch_size=8, val_size=128, decay="cosine", warmup=10,
                           eps=1e-12, weight_decay=0.1, clip=1.0),
 }
 # What may differ within one stack; everything else is shape, data, loss or schedule.
@@ -618,6 +618,9 @@ def stacks(runs, device="cpu", size="auto", shares=1):
 # ------------------------------------------------------------------------------------------------------------------
 # Training
 
+VALIDATION = ("val_loss", "val_accuracy", "logit_rms", "val_ece")
+
+
 def data_order(seeds, size, config, device):
     """Sample indices (seeds, steps, B), drawn from each seed alone: every width and LR sees the same batches."""
     def draw(seed):
@@ -707,7 +710,7 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
     Where torch.distributed is initialized, every rank takes an equal share of each batch.
 
     A row holds the configuration, its id, results (final_train_loss and train_accuracy over the last tenth of the steps,
-    val_loss, val_accuracy, logit_rms on the validation samples, chance_loss, diverged_at) and provenance. A run that
+    val_loss, val_accuracy, logit_rms, val_ece on the validation samples, chance_loss, diverged_at) and provenance. A run that
     diverged has diverged_at = the first step, from zero, whose loss is not finite (steps, if only the last update blew
     up), and null results. ValueError on bad settings, or runs that cannot share a stack.
     """
@@ -773,7 +776,7 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
                     save_checkpoint(checkpoint, {"ids": [run_id(run) for run in runs], "done": done, "stack": stack,
                                                  "losses": losses[:done], "hits": hits[:done], "alive": alive,
                                                  "diverged_at": diverged_at, "tracked": tracked})
-        finals = dict.fromkeys(range(len(runs)), dict.fromkeys(("val_loss", "val_accuracy", "logit_rms")))
+        finals = dict.fromkeys(range(len(runs)), dict.fromkeys(VALIDATION))
         if len(alive):
             chunk = config["batch_size"] // config["accumulate"] if config["model"] == "gpt" else 256
             values = evaluate(lambda x: forward(stack["weights"], x.expand(len(alive), *x.shape)), splits, config["loss"], len(alive), chunk)
@@ -790,7 +793,7 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
 
 def failed_row(run, reason, device):
     """The row of a run that could not be trained at all."""
-    nothing = dict.fromkeys(("final_train_loss", "train_accuracy", "val_loss", "val_accuracy", "logit_rms", "diverged_at"))
+    nothing = dict.fromkeys(("final_train_loss", "train_accuracy", *VALIDATION, "diverged_at"))
     return {"id": run_id(run), **run, **nothing, "failed": reason, "chance_loss": None, **provenance(device), "seconds": 0.0}
 
 
@@ -874,15 +877,18 @@ def finite(values):
 
 
 def evaluate(forward, splits, loss, replicas, chunk=256):
-    """[{val_loss, val_accuracy, logit_rms}] per replica; logit_rms is the RMS over classes, averaged over samples."""
-    sums = torch.zeros(3, replicas, dtype=torch.float64, device=splits.x_val.device)
+    """[{val_loss, val_accuracy, logit_rms, val_ece}] per replica; logit_rms is the RMS over classes, averaged over samples;
+    val_ece, the expected calibration error, is null for text."""
+    sums, kept = torch.zeros(3, replicas, dtype=torch.float64, device=splits.x_val.device), []
     for x, y in zip(splits.x_val.split(chunk), splits.y_val.split(chunk)):
         logits = forward(x)                                                 # (R, chunk, ..., C)
+        kept += [logits] if y.ndim == 1 else []
         y = y.expand(replicas, *y.shape)
         per_sample = LOSSES[loss](logits, y), logits.argmax(-1) == y, logits.square().mean(-1).sqrt()
         sums += torch.stack([values.double().flatten(1).sum(1) for values in per_sample])
+    errors = [metrics.expected_calibration_error(logits, splits.y_val) for logits in torch.cat(kept, 1)] if kept else [math.nan] * replicas
     means = (sums / splits.y_val.numel()).T.tolist()
-    return [dict(zip(("val_loss", "val_accuracy", "logit_rms"), finite(row))) for row in means]
+    return [dict(zip(VALIDATION, finite([*row, error]))) for row, error in zip(means, errors)]
 
 
 @functools.cache
