@@ -146,7 +146,8 @@ def max_stable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainab
 Scaled = namedtuple("Scaled", "name tensor role m base_std owner")
 
 # Which dimensions are (fan-out, fan-in), by class name, so that no package need be imported.
-_FAN_DIMS = {"Linear": (0, 1), "Conv1d": (0, 1), "Conv2d": (0, 1), "Conv3d": (0, 1), "Embedding": (1, 0), "Conv1D": (1, 0)}
+_FAN_DIMS = {"Linear": (0, 1), "Conv1d": (0, 1), "Conv2d": (0, 1), "Conv3d": (0, 1), "Embedding": (1, 0), "Conv1D": (1, 0),
+             "ConvTranspose1d": (1, 0), "ConvTranspose2d": (1, 0), "ConvTranspose3d": (1, 0)}
 _COMPILED = "_orig_mod."        # torch.compile prefixes names with it
 
 _NOTHING_SCALES = ("NOTHING SCALES: model and base have the same shapes, so every parameterization is the standard one "
@@ -154,6 +155,8 @@ _NOTHING_SCALES = ("NOTHING SCALES: model and base have the same shapes, so ever
 
 
 def _fan_dims(owner):
+    if getattr(owner, "transposed", False) and owner.groups > 1:
+        return None         # (in, out / groups): the fan-in, in / groups, is no dimension
     return next((_FAN_DIMS[cls.__name__] for cls in type(owner).__mro__ if cls.__name__ in _FAN_DIMS), None)
 
 
@@ -223,9 +226,9 @@ def _warn_if_nothing_scales(records, overrides):
 def infer_roles(model, base, overrides=None):
     """{parameter name: role}, from comparing shapes with base, the same architecture at another width.
 
-    base may live on the meta device. Fan-in and fan-out are known for nn.Linear, nn.Conv*, nn.Embedding and
-    transformers' Conv1D; for other tensors of which one dimension scales give overrides={name: role}; those of which two
-    scale are hidden, and read as (fan_out, fan_in). Tensors of fixed shape count as "vector".
+    base may live on the meta device. Fan-in and fan-out are known for nn.Linear, nn.Conv*, nn.ConvTranspose* (one group),
+    nn.Embedding and transformers' Conv1D; for other tensors of which one dimension scales give overrides={name: role};
+    those of which two scale are hidden, and read as (fan_out, fan_in). Tensors of fixed shape count as "vector".
 
     Raises ValueError if the architectures differ, input and output cannot be told apart, or a tied tensor has two roles
     (an embedding used as readout). Warns if nothing scales.
@@ -233,6 +236,16 @@ def infer_roles(model, base, overrides=None):
     records = _scaled(model, base, overrides)
     _warn_if_nothing_scales(records, overrides)
     return {r.name: r.role for r in records}
+
+
+def _init_stds(records, parameterization, gain, std):
+    """{name: standard deviation at the model's width}; arguments as in init_."""
+    std = {key.replace(_COMPILED, ""): value for key, value in (std or {}).items()}
+    names = {r.name: r.name.replace(_COMPILED, "") for r in records}
+    for key in std:
+        _choose("name or role in std:", key, (*ROLES, *names.values()))
+    e = exponents(parameterization, "sgd")
+    return {r.name: std.get(names[r.name], std.get(r.role, gain * r.base_std)) * r.m ** -e[r.role][0] for r in records}
 
 
 def init_(model, base, parameterization, generator=None, zero_readout=False, gain=math.sqrt(2), std=None, overrides=None):
@@ -247,15 +260,12 @@ def init_(model, base, parameterization, generator=None, zero_readout=False, gai
     _warn_if_nothing_scales(records, overrides)
     if zero_readout and not any(r.role == "output" for r in records):
         raise ValueError("zero_readout needs an output tensor, and none has that role: " + _NOTHING_SCALES)
-    e, std = exponents(parameterization, "sgd"), std or {}
-    for key in std:
-        _choose("name or role in std:", key, (*ROLES, *(r.name for r in records)))
+    stds = _init_stds(records, parameterization, gain, std)
     for r in records:
         tensor = r.tensor.data
         if tensor.ndim > 1:
-            scale = std.get(r.name, std.get(r.role, gain * r.base_std)) * r.m ** -e[r.role][0]
             device = tensor.device if generator is None else generator.device
-            tensor.copy_(tensor.new_empty(tensor.shape, device=device).normal_(0, scale, generator=generator))
+            tensor.copy_(tensor.new_empty(tensor.shape, device=device).normal_(0, stds[r.name], generator=generator))
             if zero_readout and r.role == "output":
                 tensor.zero_()
         elif r.name.endswith("bias"):
@@ -301,7 +311,7 @@ def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0, weight
 
 
 def plan(model, base, parameterization, optimizer, lr, alpha=0.0, weight_decay=0.0, eps=1e-8, role_lr=None,
-         gain=math.sqrt(2), overrides=None):
+         gain=math.sqrt(2), overrides=None, std=None):
     """A table to read before training: each tensor's shape, role, width ratio, init std, LR, weight decay and ε.
 
     Says so in its first line when nothing scales. Arguments as in init_ and param_groups.
@@ -311,12 +321,12 @@ def plan(model, base, parameterization, optimizer, lr, alpha=0.0, weight_decay=0
         records = _scaled(model, base, overrides)
         groups = param_groups(model, base, parameterization, optimizer, lr, alpha, weight_decay, eps, role_lr, overrides)
     group_of = {name: group for group in groups for name in group["names"]}
-    b = {role: pair[0] for role, pair in exponents(parameterization, optimizer).items()}
+    stds = _init_stds(records, parameterization, gain, std)
     rows = [("tensor", "shape", "role", "m", "init std", "lr", "weight decay", "eps")]
     for r in records:
         group = group_of[r.name]
-        std = f"{gain * r.base_std * r.m ** -b[r.role]:.4g}" if r.tensor.ndim > 1 else "-"
-        rows.append((r.name, "x".join(map(str, r.tensor.shape)), r.role, f"{r.m:g}", std, f"{group['lr']:.4g}",
+        drawn = f"{stds[r.name]:.4g}" if r.tensor.ndim > 1 else "-"
+        rows.append((r.name, "x".join(map(str, r.tensor.shape)), r.role, f"{r.m:g}", drawn, f"{group['lr']:.4g}",
                      f"{group['weight_decay']:.4g}", f"{group['eps']:.3g}" if optimizer == "adam" else "-"))
     columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, columns)).rstrip() for row in rows]

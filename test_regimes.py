@@ -9,7 +9,9 @@ import gzip
 import io
 import json
 import math
+import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -314,6 +316,317 @@ def test_nothing_scaling_is_said_loudly():
 def test_library_errors_name_the_value_and_the_remedy(call, words):
     with pytest.raises(ValueError, match=words):
         call(*net_and_base(64, 16))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# GPT
+
+def gpt_and_base(width=64, base_width=32, dtype=torch.float64, seed=0, **kwargs):
+    """Two layers, context 16, heads of 16; norm gains away from one, lest a gain left out pass."""
+    model, base = (models.GPT(23, n, 2, 16, head_dim=16, **kwargs).to(dtype) for n in (width, base_width))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # at the base width
+        param.init_(model, base, "sp", seeded(seed))
+    for gains in (p for p in model.parameters() if p.ndim == 1):
+        gains.data += 0.3 * torch.randn(gains.shape, generator=seeded(seed + 1), dtype=torch.float64).to(dtype)
+    return model, base
+
+
+def some_tokens(*shape, seed=2):
+    return torch.randint(23, shape, generator=seeded(seed))
+
+
+def plain_gpt_cross_entropy(weights, tokens, head_dim=16, qk_norm=True, theta=10000.0):
+    """Per-token cross-entropy (B, T) of next-token prediction on tokens (B, T + 1), from a dict of weights, all written out."""
+    def norm(name, x):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights.get(name + ".weight", 1.0)
+
+    def turned(x):                                                          # (B, T, H, K): pairs as complex numbers
+        r, t = head_dim // 8, torch.arange(x.shape[1], dtype=torch.float64)
+        angle = t[:, None] * theta ** (-torch.arange(r, dtype=torch.float64) / r)
+        z = torch.complex(x[..., :r], x[..., r:2 * r]) * torch.exp(1j * angle)[:, None, :].to(x.dtype.to_complex())
+        return torch.cat([z.real, z.imag, x[..., 2 * r:]], dim=-1)
+
+    x = weights["embedding.weight"][tokens[:, :-1]]
+    batch, length, width = x.shape
+    for block in ("blocks.0.", "blocks.1."):
+        h = norm(block + "norm_attention", x) @ weights[block + "attention.qkv.weight"].T
+        q, k, v = (part.reshape(batch, length, -1, head_dim) for part in h.split(width, dim=-1))
+        if qk_norm:
+            q, k = norm(block + "attention.norm_q", q), norm(block + "attention.norm_k", k)
+        scores = torch.einsum("bqhd,bkhd->bhqk", turned(q), turned(k)) / math.sqrt(head_dim)
+        weight = scores.exp() * torch.ones(length, length, dtype=x.dtype).tril()
+        attended = torch.einsum("bhqk,bkhd->bqhd", weight / weight.sum(-1, keepdim=True), v).reshape(batch, length, width)
+        up = norm(block + "norm_mlp", x) @ weights[block + "up.weight"].T
+        gelu = up * (1 + torch.erf(up / math.sqrt(2))) / 2
+        x = x + attended @ weights[block + "attention.proj.weight"].T + gelu @ weights[block + "down.weight"].T
+    logits = norm("norm", x) @ weights["readout.weight"].T
+    return logits.exp().sum(-1).log() - logits.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+
+def cross_entropy_of_tokens(model, tokens):
+    return F.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction="none")
+
+
+@pytest.mark.parametrize("norm_affine", [True, False])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_gpt_is_the_decoder_written_out(norm_affine, qk_norm):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        model, _ = gpt_and_base(dtype=dtype, norm_affine=norm_affine, qk_norm=qk_norm)
+        weights, tokens = dict(model.named_parameters()), some_tokens(4, 13)        # fewer tokens than the context
+        ours, written_out = cross_entropy_of_tokens(model, tokens), plain_gpt_cross_entropy(weights, tokens, qk_norm=qk_norm)
+        torch.testing.assert_close(ours, written_out, rtol=tolerance, atol=tolerance)
+        assert (ours - plain_gpt_cross_entropy(weights, tokens, qk_norm=qk_norm, theta=100.0)).abs().max() > 1e-3
+    assert all(("norm" in name) == (p.ndim == 1) for name, p in weights.items())
+    assert sum(p.ndim == 1 for p in weights.values()) == norm_affine * (5 + 4 * qk_norm)
+    for ours, theirs in zip(*(torch.autograd.grad(loss.mean(), list(weights.values())) for loss in (ours, written_out))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_gpt_is_causal():
+    model, tokens = gpt_and_base()[0], some_tokens(3, 16)
+    other = tokens.clone()
+    other[:, 9] = (tokens[:, 9] + 1) % 23
+    change = (model(tokens) - model(other)).abs().amax(dim=(0, 2))                  # (T,)
+    assert change[:9].max() < 1e-12 and change[9:].min() > 1e-3
+
+
+def test_gpt_is_one_function_on_the_meta_device_under_vmap_compile_autocast_and_inference():
+    model, tokens = gpt_and_base(dtype=torch.float32)[0], some_tokens(3, 12)
+    expected, weights = model(tokens), {name: p.detach() for name, p in model.named_parameters()}
+    models._ROTARY_TABLES.clear()
+    with torch.inference_mode():            # the first to make the table, which must serve training all the same
+        assert torch.equal(model(tokens), expected)
+    table = models.rotary_table(16, 4, tokens.device, torch.float32)
+    torch.autograd.grad(model(tokens).sum(), list(model.parameters()))
+    with torch.device("meta"):
+        meta = models.GPT(23, 64, 2, 16, head_dim=16)
+    assert torch.equal(torch.func.functional_call(meta, weights, (tokens,)), expected)
+    fresh = copy.deepcopy(meta).to_empty(device="cpu")
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(tokens), expected)
+    stacked = {name: torch.stack([w, w + 0.01]) for name, w in weights.items()}
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):        # the CPU's fused kernel has no vmap
+        both = torch.func.vmap(lambda w: torch.func.functional_call(meta, w, (tokens,)))(stacked)
+    shifted = torch.func.functional_call(meta, {name: w[1] for name, w in stacked.items()}, (tokens,))
+    torch.testing.assert_close(both, torch.stack([expected, shifted]), rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert 0 < (model(tokens) - expected).abs().max() < 0.05 * expected.abs().max()
+    assert 0 < (copy.deepcopy(model).bfloat16()(tokens) - expected).abs().max() < 0.05 * expected.abs().max()
+    assert models.rotary_table(16, 4, tokens.device, torch.float32)[0] is table[0]  # made once, for all of these
+    assert list(models._ROTARY_TABLES) == [(16, 4, tokens.device, torch.float32)]
+    models._ROTARY_TABLES.clear()           # making it is no part of the compiled graph
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(tokens), expected)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(compiled(tokens), expected)
+
+
+ROLES_OF_GPT = {"embedding.weight": "input", "readout.weight": "output", "norm.weight": "vector"} | {
+    f"blocks.{block}.{name}.weight": role for block in range(2) for name, role in [
+        ("norm_attention", "vector"), ("attention.qkv", "hidden"), ("attention.norm_q", "vector"), ("attention.norm_k", "vector"),
+        ("attention.proj", "hidden"), ("norm_mlp", "vector"), ("up", "hidden"), ("down", "hidden")]}
+
+
+def test_roles_of_gpt_and_the_gains_that_heads_share_follow_alpha_alone():
+    model, base = gpt_and_base(64, 16)
+    assert param.infer_roles(model, base.to("meta")) == ROLES_OF_GPT
+    for optimizer, c in [("sgd", -1), ("adam", 0)]:
+        groups = param.param_groups(model, base, "mup", optimizer, 1.0, alpha=HALF)
+        lr = {name: group["lr"] for group in groups for name in group["names"]}
+        assert lr["norm.weight"] == pytest.approx(4 ** -(c + HALF))
+        assert lr["blocks.0.attention.norm_q.weight"] == pytest.approx(4 ** -HALF)      # of fixed size: m = 1, c does not act
+
+
+@pytest.mark.parametrize("optimizer", param.OPTIMIZERS)
+def test_all_parameterizations_of_gpt_coincide_at_the_base_width_and_nowhere_else(optimizer):
+    def trained_gpt(name, width):
+        model, base = gpt_and_base(width, 32)
+        param.init_(model, base, name, seeded(0), overrides=ROLES_OF_GPT)
+        groups = param.param_groups(model, base, name, optimizer, 0.01, overrides=ROLES_OF_GPT)
+        steps_of = {"sgd": torch.optim.SGD, "adam": torch.optim.AdamW}[optimizer](groups)
+        tokens = some_tokens(4, 17)
+        for _ in range(3):
+            steps_of.zero_grad()
+            cross_entropy_of_tokens(model, tokens).mean().backward()
+            steps_of.step()
+        return model(tokens[:, :-1]).detach()
+
+    at_base, wide = ({name: trained_gpt(name, width) for name in param.PARAMETERIZATIONS} for width in (32, 64))
+    assert all(torch.equal(logits, at_base["sp"]) for logits in at_base.values())
+    names = list(wide)
+    assert all((wide[a] - wide[b]).abs().max() > 1e-4 for i, a in enumerate(names) for b in names[:i])
+
+
+def test_every_weight_of_gpt_is_measured():
+    for norm_affine, modules in ((True, 19), (False, 10)):
+        model, reference = (gpt_and_base(norm_affine=norm_affine)[0] for _ in range(2))
+        tokens = some_tokens(3, 12)
+        for p in model.parameters():
+            p.data += 0.02 * torch.randn(p.shape, generator=seeded(7), dtype=p.dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")                                          # nothing is left out
+            rows = metrics.refined_coordinate_check(model, reference, tokens)
+        assert len(rows) == modules == sum(1 for _ in model.parameters())
+        assert all(row["effective"] > 0 for row in rows.values())
+        assert all(row["propagating"] > 0 for name, row in rows.items() if name not in ("embedding", "blocks.0.norm_attention"))
+        assert metrics.refined_coordinate_check(torch.compile(model, backend="eager"), reference, tokens) == rows
+
+
+@pytest.mark.parametrize("parameterization, optimizer", [("sp", "sgd"), ("sp", "adam"), ("mup", "sgd"), ("mup", "adam")])
+def test_first_step_exponents_of_gpt_are_the_predicted_ones(parameterization, optimizer):
+    """Of all matrices. The backward signal passes a small readout here, so that logits of order one bend nothing."""
+    widths, effective = (64, 128, 256, 512), {}
+    lr, make = {"sgd": (0.1, torch.optim.SGD), "adam": (1e-5, torch.optim.Adam)}[optimizer]
+    for width in widths:
+        model, base = models.GPT(23, width, 2, 16), models.GPT(23, 64, 2, 16)
+        std = {"input": 1.0, "output": 0.05 / 8}
+        param.init_(model, base, parameterization, seeded(0), gain=1.0, std=std, overrides=ROLES_OF_GPT)
+        reference, tokens = copy.deepcopy(model), some_tokens(8, 17) % 8            # a third of the tokens occur
+        cross_entropy_of_tokens(model, tokens).mean().backward()
+        make(param.param_groups(model, base, parameterization, optimizer, lr, eps=1e-20, overrides=ROLES_OF_GPT)).step()
+        for name, row in metrics.refined_coordinate_check(model, reference, tokens[:, :-1]).items():
+            effective.setdefault(name, []).append(row["effective"])
+    first, hidden, *_, last = param.predict(parameterization, optimizer, "ce").effective
+    predicted = {"input": first, "hidden": hidden, "output": last}
+    for name, norms in effective.items():
+        role = ROLES_OF_GPT[name + ".weight"]
+        if role != "vector":
+            assert abs(metrics.fit_exponent(widths, norms)[0] - predicted[role]) < 0.2, name
+
+
+@pytest.mark.parametrize("sizes, words", [
+    ({"width": 48}, "width 48 is no multiple of head_dim 32; choose"),
+    ({"head_dim": 4}, "head_dim 4 is no multiple of 8.*choose 8"),
+    ({"layers": 0}, "at least one: .*layers 0"), ({"vocab_size": 0}, "vocab_size 0"), ({"context": 0}, "context 0"),
+    ({"width": -32}, "width -32"), ({"head_dim": 0}, "head_dim 0")])
+def test_impossible_gpts_are_refused_with_the_remedy(sizes, words):
+    with pytest.raises(ValueError, match=words):
+        models.GPT(**{"vocab_size": 23, "width": 64, "layers": 2, "context": 16} | sizes)
+
+
+def test_more_tokens_than_context_are_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="17 tokens exceed context 16; .* context=17"):
+        gpt_and_base()[0](some_tokens(2, 17))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Models that nobody here wrote
+
+def gpt2(width, tied=False):
+    """transformers' GPT-2: Conv1D weights are (fan_in, fan_out), q, k, v are one tensor; heads of 8."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=96, n_positions=16, n_embd=width, n_layer=1, n_head=width // 8, bos_token_id=0,
+                                     eos_token_id=0, tie_word_embeddings=tied)
+    return transformers.GPT2LMHeadModel(config)
+
+
+#                         role, init std at width 64 of base 32 under mup, LR under mup with Adam in units of the base LR
+GPT2_UNDER_MUP = {"wte": ("input", math.sqrt(2), 1.0), "wpe": ("input", math.sqrt(2), 1.0),
+                  "c_attn": ("hidden", math.sqrt(2 / 64), 0.5), "attn.c_proj": ("hidden", math.sqrt(2 / 64), 0.5),
+                  "c_fc": ("hidden", math.sqrt(2 / 64), 0.5), "mlp.c_proj": ("hidden", math.sqrt(2 / 256), 0.5),
+                  "lm_head": ("output", math.sqrt(2 / 32) / 2, 0.5)}
+
+
+def test_gpt2_of_transformers_gets_the_tables_roles_stds_and_lrs():
+    model, base = gpt2(64), gpt2(32).to("meta")
+    param.init_(model, base, "mup", seeded(0))
+    roles, plan = param.infer_roles(model, base), param.plan(model, base, "mup", "adam", 0.01)
+    lrs = {name: group["lr"] for group in param.param_groups(model, base, "mup", "adam", 0.01) for name in group["names"]}
+    matched = []
+    for name, p in model.named_parameters():
+        key = next((key for key in GPT2_UNDER_MUP if name.endswith(key + ".weight")), None)
+        role, std, lr = GPT2_UNDER_MUP.get(key, ("vector", None, 1.0))
+        assert (roles[name], lrs[name]) == (role, pytest.approx(0.01 * lr)), name
+        if std is None:
+            assert p.ndim == 1 and torch.equal(p, torch.full_like(p, float(name.endswith("weight")))), name
+        else:
+            matched.append(key)
+            assert p.std().item() == pytest.approx(std, rel=0.08), name             # 1024 draws at least
+            assert re.search(rf"^{re.escape(name)} +\S+ +{role} +2 +{std:.4g} +{0.01 * lr:g} ", plan, re.MULTILINE), name
+    assert sorted(matched) == sorted(GPT2_UNDER_MUP)
+
+
+def test_gpt2_of_transformers_trains_on_those_groups_as_plain_compiled_or_reloaded():
+    def numbers(net):
+        return [{**group, "params": None, "names": None} for group in param.param_groups(net, base, "mup", "adam", 0.01)]
+
+    model, reloaded, compiled, base = gpt2(64), gpt2(64), torch.compile(gpt2(64)), gpt2(32).to("meta")
+    param.init_(model, base, "mup", seeded(0), std={"transformer.wte.weight": 0.1, "transformer.wpe.weight": 0.2})
+    param.init_(compiled, base, "mup", seeded(0), std={"transformer.wte.weight": 0.1, "_orig_mod.transformer.wpe.weight": 0.2})
+    reloaded.load_state_dict(model.state_dict())
+    for other in (reloaded, compiled):
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters())) and numbers(other) == numbers(model)
+    optimizer = torch.optim.AdamW(param.param_groups(model, base, "mup", "adam", 0.01, weight_decay=0.1))
+    tokens, losses = some_tokens(4, 16), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses.append(model(tokens, labels=tokens).loss)
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[2] < losses[1] < losses[0]
+    assert all((a != b).any() for a, b in zip(model.parameters(), reloaded.parameters()))
+
+
+def test_gpt2_of_transformers_with_tied_embeddings_is_refused_with_the_remedy():
+    model, base = gpt2(64, tied=True), gpt2(32, tied=True)
+    for call in (lambda: param.infer_roles(model, base), lambda: param.init_(model, base, "mup"),
+                 lambda: param.param_groups(model, base, "mup", "adam", 0.01),
+                 lambda: param.plan(model, base, "mup", "adam", 0.01)):
+        with pytest.raises(ValueError, match="wte.weight .* lm_head.weight .* tie_word_embeddings=False"):
+            call()
+
+
+def test_a_convolutional_net_with_batch_norm_trains_on_its_groups_compiled_or_not():
+    x, y, losses = torch.randn(8, 3, 8, 8, generator=seeded(1)), torch.arange(8), []
+    for wrap in (lambda net: net, lambda net: torch.compile(net, backend="eager")):
+        model, base = wrap(Convolutional(32)), Convolutional(16).to("meta")
+        param.init_(model, base, "mup", seeded(0))
+        optimizer = torch.optim.AdamW(param.param_groups(model, base, "mup", "adam", 0.01))
+        losses.append([])
+        for _ in range(3):
+            optimizer.zero_grad()
+            losses[-1].append(F.cross_entropy(model(x), y))
+            losses[-1][-1].backward()
+            optimizer.step()
+    assert losses[0] == losses[1] and losses[0][2] < losses[0][0]
+
+
+def test_transposed_convolutions_have_their_fan_in_first():
+    def decoder(width, groups=1):
+        return nn.Sequential(nn.ConvTranspose2d(5, width, 3), nn.ConvTranspose2d(width, 2 * width, 3, groups=groups),
+                             nn.ConvTranspose2d(2 * width, 3, 3))
+    model = param.init_(decoder(64), decoder(16).to("meta"), "mup", seeded(0))
+    assert list(param.infer_roles(model, decoder(16)).values()) == ["input", "vector", "hidden", "vector", "output", "vector"]
+    for layer, std in zip(model, (math.sqrt(2 / 45), math.sqrt(2 / (64 * 9)), math.sqrt(2 / (32 * 9)) / 4)):
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.05)
+    with pytest.raises(ValueError, match="1.weight .* pass overrides"):             # depthwise, (width, 2, 3, 3)
+        param.infer_roles(decoder(64, groups=64), decoder(16, groups=16))
+
+
+@pytest.mark.parametrize("file", ["param.py", "models.py", "metrics.py"])
+def test_library_files_import_torch_and_the_standard_library_only(file):
+    imported = re.findall(r"^\s*(?:from|import) ([A-Za-z_]+)", (HERE / file).read_text(), re.MULTILINE)
+    assert "torch" in imported and set(imported) <= {"torch", *sys.stdlib_module_names}
+
+
+def test_param_copied_alone_beside_a_transformers_model_works(tmp_path):
+    pytest.importorskip("transformers")
+    shutil.copy(HERE / "param.py", tmp_path)
+    (tmp_path / "use.py").write_text(
+        "import importlib.util, torch, transformers, param\n"
+        "assert not any(importlib.util.find_spec(name) for name in ('train', 'models', 'metrics'))\n"
+        "make = lambda width: transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=96, n_positions=16, n_embd=width,\n"
+        "    n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False))\n"
+        "model, base = make(32), make(16).to('meta')\n"
+        "param.init_(model, base, 'mup')\n"
+        "torch.optim.AdamW(param.param_groups(model, base, 'mup', 'adam', lr=0.01))\n"
+        "print(param.plan(model, base, 'mup', 'adam', lr=0.01))\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"lm_head.weight +96x32 +output +2 ", done.stdout)
 
 
 # ------------------------------------------------------------------------------------------------------------------
