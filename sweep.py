@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -34,7 +35,7 @@ import train
 
 CURVE = ("loss", "param", "optimizer", "alpha", "norm_affine")      # settings that tell one curve from another
 GRID = ("width", "lr", "seed") + CURVE                              # settings that vary within a sweep
-LR_RANGE = {"sgd": (2 ** -8, 2 ** 3), "adam": (2 ** -13, 2 ** -3)}
+LR_RANGE = {"sgd": (2 ** -8, 2 ** 3), "adam": (2 ** -9, 2 ** -1)}
 
 PRESETS = {     # name: {scale: flags}
     "headline": {
@@ -389,7 +390,8 @@ def rms_distance(outputs, others):
 def predicted_updates(curve, shared, step, names):
     """[(kind, layer, tracked module, tracked quantity, predicted exponent)] of every module, from param.predict.
 
-    Of a GPT by role: a residual stream carries every layer's change, and a gain multiplies coordinates as an input weight does.
+    Of a GPT by role: the residual stream carries every layer's change, but only the embedding's into the first block; a
+    gain multiplies coordinates, as an input weight does.
     """
     told = {name: curve[name] for name in ("optimizer", "loss", "alpha")}
     predicted = param.predict(curve["param"], **told, hidden_layers=depth(shared), trainable=shared["trainable"], step=step)
@@ -405,11 +407,16 @@ def predicted_updates(curve, shared, step, names):
     effective = {"input": predicted.effective[0], "hidden": predicted.effective[1], "output": predicted.effective[-1],
                  "vector": predicted.effective[0] + c["input"] - c["vector"]}
     propagating = {"hidden": predicted.propagating[-2], "output": predicted.propagating[-1], "vector": predicted.features[-1]}
-    _, _, roles = train.build(train.configure({**{k: v for k, v in shared.items() if k in train.SETTINGS}, **curve}))
-    roles = {layer: roles[f"{name}.weight"] for layer, name in names.items() if name}
-    return ([("effective", layer, layer, "effective", effective[role]) for layer, role in roles.items()]
-            + [("propagating", layer, layer, "propagating", propagating[role]) for layer, role in roles.items() if role in propagating]
-            + [logits]), predicted.regime
+    _, _, role_of = train.build(train.configure({**{name: shared[name] for name in shared if name in train.SETTINGS}, **curve}))
+    entries = []
+    for layer, name in names.items():
+        role = role_of.get(f"{name}.weight")
+        if role:
+            entries.append(("effective", layer, layer, "effective", effective[role]))
+        if role in propagating:
+            first = re.fullmatch(r"blocks\.0\.(norm_attention|attention\.qkv|norm_mlp|up)", name)
+            entries.append(("propagating", layer, layer, "propagating", predicted.features[0] if first else propagating[role]))
+    return [*entries, logits], predicted.regime
 
 
 def update_exponents(values, curve, widths, shared, names):
@@ -432,18 +439,26 @@ def update_exponents(values, curve, widths, shared, names):
 
 
 def update_table(updates):
-    """Predicted beside measured exponents of every layer's effective update and of the logits' change."""
-    def words(value):
-        return "-" if value is None else f"{value:+.2f}"
+    """Predicted beside measured exponents of the effective updates, from input to readout, and of the logits' change."""
+    def words(values):
+        values = [value for value in values if value is not None]
+        return f"{sum(values) / len(values):+.2f}" if values else "-"
 
-    lines, groups = ["Exponents of updates against width: measured (predicted); effective updates from input to readout", ""], {}
+    lines, groups, kinds = [], {}, {}
     for entry in updates:
         if entry["kind"] in ("effective", "logits"):
+            kind = "logits" if entry["kind"] == "logits" else entry["module"].removeprefix("layers.").rpartition(".")[2]
+            kinds[kind] = max(len(kind), 13)
             curve = " ".join(str(entry[name]) for name in ("loss", "param", "optimizer"))
-            groups.setdefault(f"{curve} α={entry['alpha']:<5g} step {entry['step']:<4} {entry['kind']:10}", []).append(entry)
-    for name, entries in groups.items():
-        lines.append(name + " " + "  ".join(f"{words(entry['exponent']):>6} ({words(entry['predicted'])})" for entry in entries))
-    return "\n".join(lines)
+            group = groups.setdefault(f"{curve} α={entry['alpha']:<5g} step {entry['step']:<4}", {})
+            group.setdefault(kind, []).append(entry)
+    for name, of_kind in groups.items():
+        cells = [f"{words(e['exponent'] for e in entries)} ({words(e['predicted'] for e in entries)})".rjust(kinds[kind])
+                 for kind, entries in of_kind.items()]
+        lines.append(f"{name} {'  '.join(cells)}")
+    head = "  ".join(kind.rjust(size) for kind, size in kinds.items())
+    return "\n".join(["Exponents of effective updates ΔW x and of the logits' change against width: measured (predicted), means over "
+                      "tensors of a kind", "", " " * max(map(len, groups)) + " " + head, *lines])
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -678,7 +693,7 @@ def parse(argv=None):
     group.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default 3)")
     group.add_argument("--lrs", type=float, nargs="+", metavar="X", help="exactly these LRs, instead of a range")
     group.add_argument("--lr-range", type=float, nargs=2, metavar=("LO", "HI"),
-                       help="range of LRs; grows where the optimum or the edge lies outside (default 2^-8 2^3, Adam 2^-13 2^-3)")
+                       help="range of LRs; grows where the optimum or the edge lies outside (default 2^-8 2^3, Adam 2^-9 2^-1)")
     group.add_argument("--lr-step", type=float, default=math.sqrt(2), metavar="F", help="ratio of neighbouring LRs (default sqrt 2)")
     group.add_argument("--search", default="coarse-to-fine", choices=("coarse-to-fine", "grid"),
                        help="LRs to run (default coarse-to-fine)")
