@@ -813,6 +813,63 @@ def test_every_width_and_lr_sees_the_same_batches():
     assert torch.equal(first[1], other[0]) and not torch.equal(first[0], first[1])
 
 
+GPT_RUN = {"model": "gpt", "width": 32, "base_width": 16, "head_dim": 16, "context": 8, "layers": 1, "steps": 12, "batch_size": 4,
+           "val_size": 5, "warmup": 3}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file of bytes in which the next one mostly follows from the last."""
+    generator, path = np.random.default_rng(0), tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_bytes((np.cumsum(generator.choice([1, 1, 1, 5], 4000)) % 64).astype(np.uint8).tobytes())
+    return path
+
+
+@pytest.mark.parametrize("variant", [{}, {"optimizer": "adam", "lr": 0.02}, {"optimizer": "adam", "lr": 0.02, "accumulate": 2, "param": "mup"},
+                                     {"optimizer": "adam", "norm_affine": False, "qk_norm": False, "lr": 0.02}], ids=str)
+def test_a_gpts_run_is_a_plain_loop_with_torch_optim(variant, text):
+    run = train.configure({**GPT_RUN, "lr": 0.5, "data": str(text), "vocab_size": 256, "dtype": "float64", **variant})
+    row, = train.train([run])
+    tokens = torch.from_numpy(np.fromfile(text, np.uint8).astype(np.int64))
+    model, base = (models.GPT(256, width, 1, 8, 16, run["norm_affine"], run["qk_norm"]).double() for width in (32, 16))
+    param.init_(model, base, run["param"], seeded(0), gain=1.0)
+    groups = param.param_groups(model, base, run["param"], run["optimizer"], run["lr"], weight_decay=run["weight_decay"], eps=run["eps"])
+    optimizer = torch.optim.SGD(groups) if run["optimizer"] == "sgd" else torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    order, losses = seeded(1), []
+    for starts in torch.randint(3600 - 8, (12, 4), generator=order):         # the last tenth of the file validates
+        windows = torch.stack([tokens[start:start + 9] for start in starts])
+        for group in optimizer.param_groups:
+            group["lr"] = train.schedule(len(losses), run) * group["base_lr"]
+        loss = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        if run["clip"]:
+            nn.utils.clip_grad_norm_(model.parameters(), run["clip"])
+        optimizer.step()
+        losses.append(loss.item())
+    assert row["final_train_loss"] == pytest.approx(losses[-1], rel=1e-10)
+    val = torch.stack([tokens[3600 + start:3609 + start] for start in torch.linspace(0, 400 - 9, 5).long()])
+    loss = F.cross_entropy(model(val[:, :-1]).flatten(0, 1), val[:, 1:].flatten())
+    assert row["val_loss"] == pytest.approx(loss.item(), rel=1e-10) and row["val_ece"] is None
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_stacked_gpts_are_those_alone_and_bfloat16_is_close(text):
+    runs = [dict(GPT_RUN, data=str(text), lr=lr, seed=seed) for lr in (0.2, 0.5) for seed in (0, 1)]
+    together = train.train(runs)
+    for run, row in zip(runs, together):
+        only, = train.train([run])
+        assert row["id"] == only["id"] and row["final_train_loss"] == pytest.approx(only["final_train_loss"], rel=1e-5)
+    half, = train.train([dict(runs[0], dtype="bfloat16")])
+    assert half["final_train_loss"] != together[0]["final_train_loss"]
+    assert half["final_train_loss"] == pytest.approx(together[0]["final_train_loss"], rel=0.02)
+
+
+def test_a_gpt_learns_the_standard_library_well_below_its_bytes_unigram_entropy():
+    row, = train.train([{"model": "gpt", "width": 32, "optimizer": "adam", "lr": 0.03, "steps": 60, "layers": 1}])
+    assert 3.0 < row["chance_loss"] < 3.5 and row["val_loss"] < row["chance_loss"] - 0.4, (row["val_loss"], row["chance_loss"])
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Data files
 

@@ -752,7 +752,7 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
         if track:
             tracked[:] = saved["tracked"]
 
-    with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config["dtype"] == "bfloat16"):
+    with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, config["dtype"] == "bfloat16", cache_enabled=False):
         for step in range(checked, steps):
             x, y = batch(splits, order[order_of, step], config["context"])
             losses[step, alive], hits[step, alive] = advance(stack, x, y, step)
