@@ -7,7 +7,7 @@
 One row per run goes to <out>/runs.jsonl as soon as its stack is done; what is there is not run again, so a killed sweep
 started again goes on. `summarize` then needs nothing but those rows.
 
-    curve            one (loss, param, optimizer, alpha); its exponent is of LR against width: -0.5 means n^-1/2
+    curve            one (loss, param, optimizer, alpha, warmup); its exponent is of LR against width: -0.5 means n^-1/2
     optimal LR       argmin of the seed-mean final train loss, refined by a parabola in log LR
     max-stable LR    end of the contiguous stable range above the optimum: a bracket, and its geometric mean
     lattice          LRs are step^k for whole k, so grids of different widths, and extended grids, share their points
@@ -25,13 +25,18 @@ import numpy as np
 import torch
 
 import metrics
+import models
 import param
 import plots
 import train
 
-CURVE = ("loss", "param", "optimizer", "alpha")     # settings that tell one curve from another
+CURVE = ("loss", "param", "optimizer", "alpha", "warmup", "warmup_exponent")        # settings that tell one curve from another
 GRID = ("width", "lr", "seed") + CURVE              # settings that vary within a sweep
 
+# The closed-form net: constant LR, a fixed warmup, and one that grows as n^1/2.
+LINEAR_NET = dict(train.FIXED["linear_net"], model="linear_net", loss=["mse"], optimizer=["sgd"], warmup_exponent=[0.0, 0.5],
+                  label_noise=0.01, seeds=4, lrs=[2 ** (k / 2) for k in range(-44, 5)],
+                  stable_if="chance=1e12")      # a late catapult raises the loss for a while: only divergence counts
 PRESETS = {     # name: {scale: flags}
     "headline": {
         "cpu": dict(hidden_layers=4, steps=100, widths=[64, 128, 256, 512, 1024], loss=["ce", "mse"], seeds=3),
@@ -50,6 +55,10 @@ PRESETS = {     # name: {scale: flags}
         "cpu": dict(alpha=[0.5, 1.0], widths=[128, 256, 512, 1024], lrs=[0.1], steps=100, seeds=3, track=10),
         "paper": dict(alpha=[0.5, 1.0], widths=[256, 512, 1024, 2048, 4096, 8192], hidden_layers=7, lrs=[0.1], steps=937,
                       seeds=4, track=50)},
+    "linear_net": {     # at the narrowest width, where all parameterizations coincide, both warmups are equally long
+        "cpu": dict(LINEAR_NET, widths=[4 ** k for k in range(3, 11)], base_width=64, warmup=[0, 32], steps=5000, stack="256"),
+        "paper": dict(LINEAR_NET, widths=[2 ** k for k in range(6, 21)], base_width=64, warmup=[0, 512], steps=100_000, stack="64",
+                      seeds=10)},
 }
 CRITERIA = {    # name: (default X, stable(mean final train loss, mean train accuracy, lowest mean loss, chance loss, X), words)
     "chance": (1.0, lambda loss, accuracy, best, chance, x: loss < x * chance, "loss below X times a constant predictor's"),
@@ -230,13 +239,15 @@ def summarize(rows, curves, widths, seeds, criterion, shared):
     """The rows of summary.json, from result rows alone; shared holds the fixed settings."""
     summary = []
     for curve in curves:
-        loss, parameterization, optimizer, alpha = curve
+        loss, parameterization, optimizer, alpha, _, warmup_exponent = curve
         cells = [cell_of(rows, curve, width, seeds) for width in widths]
         cells, present = zip(*[(cell, width) for cell, width in zip(cells, widths) if len(cell["lr"])] or [((), ())])
         if not cells:
             continue
         fits, points = exponents_of(cells, present, criterion)
         predicted = alpha - param.max_stable_alpha(parameterization, optimizer, loss, shared["hidden_layers"], shared["trainable"])
+        if shared["model"] == "linear_net":     # what counts is the LR's growth per step, up to a width-independent bound
+            predicted = min(0.0, predicted + warmup_exponent)
         flags = ["one width: no exponent"] if len(present) == 1 else []
         flags += ["one seed: the interval is the grid's resolution"] if seeds == 1 else []
         for (best, optimal, stable, unstable), cell, width in zip(points, cells, present):
@@ -247,6 +258,9 @@ def summarize(rows, curves, widths, seeds, criterion, shared):
                 flags += [f"width {width}: no stable LR"] * math.isnan(stable)
             if not math.isnan(stable) and math.isnan(unstable):
                 flags.append(f"width {width}: nothing unstable up to LR {cell['lr'][-1]:.3g}")
+        if shared["model"] == "linear_net":     # a range of LRs fits the one sample: no optimum
+            flags = [flag for flag in flags if "optimum" not in flag]
+            points[:, 1], fits["optimal"] = math.nan, (math.nan, [math.nan] * 2)
         lrs = np.exp(points[:, 1:])
         summary.append({
             **{key: shared[key] for key in ("model", "data", "base_width", "hidden_layers", "steps")},
@@ -273,12 +287,13 @@ def table(summary):
     def lr(value):
         return "-" if value is None else f"{value:.3g}"
 
-    sizes = {name: max(len(name), *(len(str(row[name])) for row in summary)) for name in CURVE}
+    sizes = {name: max(len(name), *(len(str(row[name])) for row in summary)) for name in CURVE
+             if not name.startswith("warmup") or any(row[name] for row in summary)}
 
     def name_of(row):
         return "".join(f"{row[name]!s:{size + 2}}" for name, size in sizes.items())
 
-    head = name_of({name: name for name in CURVE})
+    head = name_of({name: name for name in sizes})
     lines = ["Exponents of LR against width, with 95 % intervals", "",
              f"{head}{'predicted':>10}   {'max-stable':22}optimal"]
     for row in summary:
@@ -332,7 +347,7 @@ def rms_distance(outputs, others):
 def update_exponents(values, curve, widths, shared):
     """Measured exponents, with intervals, beside those of param.predict: effective and propagating updates of every module,
     the change of every feature (the next module's input) and of the logits, at the first and the last step."""
-    (loss, parameterization, optimizer, alpha), hidden, entries = curve, shared["hidden_layers"], []
+    (loss, parameterization, optimizer, alpha, *_), hidden, entries = curve, shared["hidden_layers"], []
     for step in sorted({1, shared["steps"]}):
         predicted = param.predict(parameterization, optimizer, loss, alpha, hidden, shared["trainable"], step)
         change = max(predicted.effective[-1], predicted.propagating[-1])        # of the logits, without their initial value
@@ -353,6 +368,35 @@ def update_exponents(values, curve, widths, shared):
     return entries
 
 
+def linear_net_measurements(widths, seeds=32, times=(1, 4, 16), one_step_lr=0.5):
+    """{"distance": [..], "one_step": [..]}: of the closed-form linear net at base width 1, with exponents and intervals.
+
+    distance: |f - its infinite-width limit from the same initial f| after some steps at LR 0.1 (mup's initial f is 0 in the
+    limit). one_step: |loss decrease| after one step; where f diverges with width, the squared loss changes twice as fast.
+    """
+    result, every = {"distance": [], "one_step": []}, torch.arange(seeds)
+
+    def entry(values, predicted):
+        return {"widths": list(widths), "values": values, "exponent": metrics.fit_exponent(widths, values)[0],
+                "interval": list(metrics.exponent_interval(widths, values)), "predicted": predicted}
+
+    for parameterization in ("mup", "ntp"):
+        distances = []
+        for width in widths:
+            path = models.linear_net(width, 0.1, max(times), parameterization, every)
+            limit = models.linear_net(math.inf, 0.1, max(times), parameterization, every,
+                                      f0=0.0 if parameterization == "mup" else path.f[0])
+            distances.append((path.f - limit.f).abs()[list(times)])
+        for step, values in zip(times, torch.stack(distances, -1).tolist()):                # [seed][width]
+            result["distance"].append({"param": parameterization, "step": step, **entry(values, -0.5)})
+    for parameterization, alpha in (("sp", 0.5), ("sp", 1.0), ("sp", 1.5), ("ntp", 0.0)):
+        losses = [models.linear_net(width, one_step_lr, 1, parameterization, every, alpha).loss for width in widths]
+        logits = param.predict(parameterization, "sgd", "mse", alpha, hidden_layers=1).effective[-1]
+        values = torch.stack([(loss[1] - loss[0]).abs() for loss in losses], -1).tolist()
+        result["one_step"].append({"param": parameterization, "alpha": alpha, **entry(values, max(logits, 2 * logits))})
+    return result
+
+
 def update_table(updates):
     """Predicted beside measured exponents of every layer's effective update and of the logits' change."""
     def words(value):
@@ -362,9 +406,10 @@ def update_table(updates):
     for entry in updates:
         if entry["kind"] in ("effective", "logits"):
             groups.setdefault((*(entry[name] for name in CURVE), entry["step"], entry["kind"]), []).append(entry)
-    for (loss, parameterization, optimizer, alpha, step, kind), entries in groups.items():
+    for (loss, parameterization, optimizer, alpha, warmup, exponent, step, kind), entries in groups.items():
         cells = "  ".join(f"{words(entry['exponent']):>6} ({words(entry['predicted'])})" for entry in entries)
-        lines.append(f"{loss} {parameterization} {optimizer} α={alpha:<5g} step {step:<4} {kind:10} {cells}")
+        warmed = f"warmup={warmup}m^{exponent:g} " if warmup else ""
+        lines.append(f"{loss} {parameterization} {optimizer} α={alpha:<5g} {warmed}step {step:<4} {kind:10} {cells}")
     return "\n".join(lines)
 
 
@@ -473,7 +518,7 @@ def progress_line(args, base, runs_per_lr, lrs):
     The time left weighs each run by its number of parameters; a coarse-to-fine search is taken to need half the grid.
     """
     expected = runs_per_lr * (lrs if args["search"] == "grid" else (lrs + 1) // 2)
-    cost = {width: train.replica_size(train.configure(dict(base, width=width)))[0] for width in args["widths"]}
+    cost = {width: train.replica_size(runs_of(base, curves_of(args)[0], width, 1.0, 1)[0])[0] for width in args["widths"]}
     ran, planned = dict.fromkeys(cost, 0), dict.fromkeys(cost, expected)
     start, shown = time.monotonic(), [0.0]
 
@@ -510,7 +555,7 @@ def parse(argv=None):
     """(args, fixed settings of every run); a preset replaces defaults, flags on the command line replace both."""
     parser = train.Parser(description=__doc__.splitlines()[0])
     group = parser.add_argument_group("sweep")
-    group.add_argument("--preset", default="headline", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default headline)")
+    group.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default headline; with --model linear_net that)")
     group.add_argument("--scale", default="cpu", choices=("cpu", "paper"), help="cpu: two cores; paper: the paper's sizes (default cpu)")
     group.add_argument("--widths", type=int, nargs="+", metavar="N", help="widths")
     group.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default 3)")
@@ -529,9 +574,10 @@ def parse(argv=None):
     train.add_flags(parser, several=CURVE, without=("width", "lr", "seed"))
 
     chosen, _ = parser.parse_known_args(argv)
+    chosen.preset = chosen.preset or ("linear_net" if chosen.model == "linear_net" else "headline")
     if chosen.preset not in PRESETS:
         raise ValueError(f"unknown preset {chosen.preset!r}; choose from {', '.join(PRESETS)}")
-    preset = {"lr_range": [2 ** -8, 2 ** 3], **PRESETS[chosen.preset][chosen.scale]}
+    preset = {"preset": chosen.preset, "lr_range": [2 ** -8, 2 ** 3], **PRESETS[chosen.preset][chosen.scale]}
     if chosen.lr_range:
         preset.pop("lrs", None)         # a range on the command line replaces a preset's list
     parser.set_defaults(**preset)
@@ -560,9 +606,11 @@ def parse(argv=None):
 
 
 def curves_of(args):
-    param_first = ("param", "optimizer", "alpha", "loss")
-    return [tuple(dict(zip(param_first, values))[name] for name in CURVE)
-            for values in itertools.product(*(dict.fromkeys(args[name]) for name in param_first))]
+    param_first = ("param", "optimizer", "alpha", "warmup", "warmup_exponent", "loss")
+    curves = [dict(zip(param_first, values)) for values in itertools.product(*(args[name] for name in param_first))]
+    for curve in curves:
+        curve["warmup_exponent"] *= bool(curve["warmup"])
+    return list(dict.fromkeys(tuple(curve[name] for name in CURVE) for curve in curves))
 
 
 def dry_run(args, base, device):
@@ -617,6 +665,8 @@ def main():
         if args["track"]:
             summary.update(summarize_tracks(found, tracks, curves, args["widths"], args["seeds"], base))
             print(update_table(summary["updates"]))
+        if base["model"] == "linear_net":
+            summary["linear_net"] = linear_net_measurements(args["widths"])
         write_json(args["out"] / "summary.json", summary)
     if not args["no_plots"]:
         for path in plots.draw(args["out"]):

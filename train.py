@@ -64,10 +64,10 @@ def one_of(*names):
     return Kind(str, lambda v: v in names, "one of " + ", ".join(names))
 
 
-DATASETS = {"multi_index": (100, 2), "mnist": (784, 10), "fashion_mnist": (784, 10), "cifar10": (3072, 10)}    # (D, C)
+DATASETS = {"multi_index": (100, 2), "one_sample": (1, 2), "mnist": (784, 10), "fashion_mnist": (784, 10), "cifar10": (3072, 10)}    # (D, C)
 
 SETTINGS = {    # name: (default, kind, help)
-    "model":         ("mlp", one_of("mlp"), "network"),
+    "model":         ("mlp", one_of("mlp", "linear_net"), "network"),
     "width":         (256, COUNT, "hidden units"),
     "base_width":    (256, COUNT, "width at which all parameterizations coincide"),
     "hidden_layers": (3, COUNT, "hidden activations; 7 is the paper's 8-layer MLP"),
@@ -92,13 +92,19 @@ SETTINGS = {    # name: (default, kind, help)
     "clip":          (0.0, NONNEGATIVE, "largest gradient norm over all tensors; 0 is no clipping"),
     "steps":         (200, COUNT, "optimizer steps"),
     "batch_size":    (64, COUNT, "samples a step"),
-    "warmup":        (0, WHOLE, "steps of linear warmup"),
+    "warmup":        (0, WHOLE, "steps of linear warmup at the base width"),
+    "warmup_exponent": (0.0, NUMBER, "exponent: warmup steps times (width / base width)^this, rounded"),
     "decay":         ("none", one_of("none", "cosine"), "cosine: to a tenth of the LR at the last step"),
+    "label_noise":   (0.0, NONNEGATIVE, "linear_net: standard deviation of noise on the label, drawn anew at every step"),
     "seed":          (0, WHOLE, "seed of initialization and data order"),
     "dtype":         ("float32", one_of("float32", "float64", "bfloat16"), "bfloat16: float32 weights under autocast"),
 }
 # What may differ within one stack; everything else is shape, data, loss or schedule.
 PER_REPLICA = ("lr", "seed", "param", "alpha", "weight_decay", "eps", "trainable", "readout_scale")
+# What each model fixes.
+FIXED = {"mlp": {"label_noise": 0.0},
+         "linear_net": {"data": "one_sample", "loss": "mse", "hidden_layers": 1, "dtype": "float64", "optimizer": "sgd", "momentum": 0.0,
+                        "clip": 0.0, "trainable": "all", "bias": False, "readout_scale": 1.0}}
 
 
 def configure(run):
@@ -114,9 +120,16 @@ def configure(run):
         if not (isinstance(value, kind.type) and (kind.type is not int or number) and kind.holds(value)):
             raise ValueError(f"{name} is {value!r}; it must be {kind.words}")
         config[name] = value
-    if config["warmup"] > config["steps"]:
-        raise ValueError(f"warmup is {config['warmup']}, longer than the run; it must be at most steps = {config['steps']}")
+    for name, value in FIXED[config["model"]].items():
+        if config[name] != value:
+            raise ValueError(f"{name} is {config[name]!r}; with --model {config['model']} it must be {value!r}")
+    if warmup_steps(config) > config["steps"]:
+        raise ValueError(f"warmup is {warmup_steps(config)}, longer than the run; it must be at most steps = {config['steps']}")
     return config
+
+
+def warmup_steps(config):
+    return round(config["warmup"] * (config["width"] / config["base_width"]) ** config["warmup_exponent"])
 
 
 def run_id(config):
@@ -245,7 +258,7 @@ def _read_images(name, root):
 def load_data(name, root=None, device="cpu", dtype=torch.float32, train_size=20_000, val_size=1_000, data_seed=0):
     """Splits(x (N, D), y (N,), x_val, y_val, classes) on the device.
 
-    multi_index is generated: train_size and val_size samples from data_seed. mnist, fashion_mnist and cifar10 are read
+    multi_index is generated: train_size and val_size samples from data_seed. one_sample is x = 1, y = 1. mnist, fashion_mnist and cifar10 are read
     from their standard files (IDX or CIFAR-10 binary, plain or .gz) in root, else $DATA_DIR, else ./data, each with or
     without a folder of the data set's name, else where Debian's dataset-fashion-mnist puts them; absent files are
     downloaded and their MD5 checked. Pixels are shifted and scaled to the training split's mean 0 and variance 1; of
@@ -256,6 +269,8 @@ def load_data(name, root=None, device="cpu", dtype=torch.float32, train_size=20_
     if name == "multi_index":
         generator = torch.Generator().manual_seed(data_seed)
         (x, y), (x_val, y_val), classes = multi_index(train_size, generator), multi_index(val_size, generator), 2
+    elif name == "one_sample":
+        x, y, x_val, y_val, classes = torch.ones(1, 1), torch.ones(1).long(), torch.ones(1, 1), torch.ones(1).long(), 2
     elif name in _FILES:
         (x, y), (x_val, y_val) = ([torch.from_numpy(np.array(part)) for part in split] for split in _read_images(name, root))
         x, y, x_val, y_val, classes = x.float(), y.long(), x_val[:val_size].float(), y_val[:val_size].long(), 10
@@ -435,16 +450,19 @@ def update_(stack, grads, config, factor, step):
 
 def schedule(step, config):
     """Factor on every base LR at a step counted from zero: linear warmup, then constant or cosine to a tenth."""
-    if step < config["warmup"]:
-        return (step + 1) / config["warmup"]
+    warmup = warmup_steps(config)
+    if step < warmup:
+        return (step + 1) / warmup
     if config["decay"] == "none":
         return 1.0
-    progress = (step - config["warmup"]) / max(1, config["steps"] - config["warmup"] - 1)
+    progress = (step - warmup) / max(1, config["steps"] - warmup - 1)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
 def replica_size(config):
     """(parameters, bytes of memory) of one replica: weights, optimizer state, gradients, activations and batches."""
+    if config["model"] == "linear_net":
+        return 2, 8 * 6 * config["steps"]       # f and the tangent kernel stand for all weights; trajectories
     model, _, _ = build(config)
     parameters = sum(p.numel() for p in model.parameters())
     copies = {"sgd": 3 if config["momentum"] or config["weight_decay"] or config["clip"] else 1, "adam": 6}[config["optimizer"]]
@@ -549,6 +567,10 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
             raise ValueError(f"runs of one stack must share {name}; only {', '.join(PER_REPLICA)} may differ")
     if splits is None:
         splits = load_splits(config, data_dir, device)
+    if config["model"] == "linear_net":
+        if track:
+            raise ValueError("linear_net has no modules to track; use --track 0, or --model mlp --activation identity")
+        return linear_net_rows(runs, splits, device, start)
     if config["batch_size"] > len(splits.x):
         raise ValueError(f"batch_size is {config['batch_size']}; it must be at most the {len(splits.x)} training samples")
 
@@ -602,6 +624,24 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
     return [{"id": run_id(run), **run,
              **{name: math.fsum(column[r]) / tenth if diverged_at[r] is None else None for name, column in columns.items()},
              **finals[r], "diverged_at": diverged_at[r], **shared} for r, run in enumerate(runs)]
+
+
+def linear_net_rows(runs, splits, device, start):
+    """The rows of a stack of linear_net runs, computed on the CPU; what has no meaning for one sample is null."""
+    results, config = {}, runs[0]
+    for parameterization, alpha in dict.fromkeys((run["param"], run["alpha"]) for run in runs):
+        chosen = [r for r, run in enumerate(runs) if (run["param"], run["alpha"]) == (parameterization, alpha)]
+        lr, seed, weight_decay = ([runs[r][name] for r in chosen] for name in ("lr", "seed", "weight_decay"))
+        path = models.linear_net(config["width"], lr, config["steps"], parameterization, seed, alpha, config["base_width"],
+                                 splits.x.item(), splits.y.item(), weight_decay, lambda step: schedule(step, config), config["label_noise"])
+        tenth = max(1, config["steps"] // 10)
+        losses = finite(path.loss[-tenth - 1:-1].mean(0).tolist())          # as elsewhere, the losses before each step
+        for r, loss, step in zip(chosen, losses, path.diverged_at.tolist()):
+            results[r] = {"final_train_loss": loss if step < 0 else None, "diverged_at": step if step >= 0 else None}
+    nothing = dict.fromkeys(("train_accuracy", "val_loss", "val_accuracy", "logit_rms"))
+    shared = {**nothing, "chance_loss": splits.y.item() ** 2 / 2, **provenance(device),      # of the initial readout's mean, 0
+              "seconds": round((time.perf_counter() - start) / len(runs), 4)}
+    return [{"id": run_id(run), **run, **results[r], **shared} for r, run in enumerate(runs)]
 
 
 def tracker(runs, model, initial, splits, config, tracked):
