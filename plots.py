@@ -10,10 +10,11 @@
     losses        best validation accuracy over LR against width for every loss and parameterization (Fig. 7)
     calibration   expected calibration error and logits at the optimal LR against width
     tensor_kinds  exponents of a GPT's updates by kind of tensor
+    linear_net    closed-form linear net: largest stable LR, distance to the limit, loss decrease after a step (C.2-C.4)
 
 Figure numbers are those of arXiv 2505.22491. Each function takes the summary.json that sweep.py writes, and returns a
-matplotlib figure. regimes, updates, alignment, limit and tensor_kinds need a sweep with --track. Widths are a sequential colour, curves the colour-blind-safe
-set of Okabe and Ito.
+matplotlib figure. regimes to limit, and tensor_kinds, need a sweep with --track. Widths are a sequential colour, curves the
+colour-blind-safe set of Okabe and Ito.
 Needs numpy and matplotlib only.
 """
 import json
@@ -41,8 +42,14 @@ CURVE = {"loss": NAMES.get, "param": NAMES.get, "optimizer": NAMES.get, "alpha":
 def name_of(row, rows):
     """What tells this curve from the others: the settings that differ among them, or its loss."""
     keys = [key for key in CURVE if len({str(other.get(key)) for other in rows}) > 1] or ["loss"]
-    words = [CURVE[key](row[key]) for key in keys]
+    words = [CURVE[key](row[key]) for key in keys] + ([warmup(row)] if len(set(map(warmup, rows))) > 1 else [])
     return ", ".join(word for word in words if word)
+
+
+def warmup(row):
+    steps, exponent = row.get("warmup", 0), row.get("warmup_exponent", 0)
+    growing = f" $(n/{row.get('base_width')})^{{{exponent:g}}}$" if exponent else ""
+    return f"{steps}{growing} warmup steps" if steps else "no warmup"
 
 
 def setting(summary):
@@ -80,7 +87,7 @@ def octaves(axis, values):
 
 
 def power(exponent):
-    return f"$n^{{{exponent:.2f}}}$".replace("-", "−")
+    return f"$n^{{{round(exponent, 2) + 0.0:.2f}}}$".replace("-", "−")          # + 0.0: no minus zero
 
 
 def fit_line(widths, values, exponent):
@@ -252,7 +259,7 @@ def regimes(summary):
 
 def curve_key(entry):
     """What tells one tracked curve from another."""
-    return tuple(entry[name] for name in ("loss", "param", "optimizer", "alpha", "lr"))
+    return tuple(entry.get(name) for name in ("loss", "param", "optimizer", "alpha", "lr", "warmup", "warmup_exponent"))
 
 
 def curve_keys(entries):
@@ -414,6 +421,52 @@ def is_mlp(summary):
     return summary["model"] == "mlp"
 
 
+def linear_net(summary):
+    """Largest stable LR, distance to the infinite-width limit and |loss decrease| of one step, against width. Theory dashed."""
+    figure, axes = plt.subplots(1, 3, figsize=(10.4, 4.9))
+    rows = [row for row in summary["rows"] if row["max_stable_exponent"] is not None]
+    for row, colour, marker in zip(rows, np.resize(COLOURS, len(rows)), np.resize(list("os^Dv"), len(rows))):
+        widths, stable, unstable = (floats(row[key]) for key in ("widths", "max_stable_lr", "min_unstable_lr"))
+        label = name_of(row, rows).partition(", ")[2] + ":\n" + fitted(row, "max_stable").strip()
+        measured_and_predicted(axes[0], widths, np.sqrt(stable * unstable), row["max_stable_exponent"],
+                               row["predicted_max_stable_exponent"], colour, marker, label)
+    measured = summary["linear_net"]
+    steps = list(dict.fromkeys(entry["step"] for entry in measured["distance"]))
+    shades = dict(zip(steps, plt.get_cmap("viridis_r")(np.linspace(0.2, 0.95, len(steps)))))
+    for entry in measured["distance"]:
+        plural = "s" if entry["step"] > 1 else ""
+        measured_and_predicted(axes[1], floats(entry["widths"]), geometric_mean(entry), entry["exponent"], None, shades[entry["step"]],
+                               {"mup": "o", "ntp": "s"}[entry["param"]],
+                               f"{NAMES[entry['param']]}, {entry['step']} step{plural}: {power(entry['exponent'])}")
+    for entry, colour, marker in zip(measured["one_step"], COLOURS[3:], "os^D"):
+        measured_and_predicted(axes[2], floats(entry["widths"]), geometric_mean(entry), entry["exponent"], entry["predicted"], colour,
+                               marker, f"{NAMES[entry['param']]}, α = {entry['alpha']:g}: {power(entry['exponent'])} "
+                               f"(predicted {power(entry['predicted'])})")
+    widths = floats(measured["distance"][0]["widths"])
+    lowest = min(np.nanmin(geometric_mean(entry) * np.sqrt(widths)) for entry in measured["distance"])
+    axes[1].plot(widths, 0.4 * lowest / np.sqrt(widths), color="0.35", linestyle="--", linewidth=1.1, label=f"predicted slope {power(-0.5)}")
+    for axis, title in zip(axes, ("largest stable learning rate", "distance of f to its infinite-width limit", "|loss decrease| after one step")):
+        axis.set(xscale="log", yscale="log", xlabel="width n", title=title)
+        octaves(axis.xaxis, widths)
+        if widths.max() > 5000:         # plain numbers would touch
+            axis.xaxis.set_major_locator(LogLocator(base=16, subs=(4.0,)))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"$2^{{{np.log2(value):.0f}}}$"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    figure.suptitle("Closed-form linear net f = x uᵀv, one sample, squared loss. Lines: fits. Dashed: predicted slopes", fontsize=10.5)
+    return figure
+
+
+def measured_and_predicted(axis, widths, values, exponent, predicted, colour, marker, label):
+    """Points and the fit through them; the predicted slope dashed, above both."""
+    points = dict(color=colour, marker=marker, markersize=4.5, markerfacecolor="white", markeredgewidth=1.3, linewidth=1.3)
+    axis.plot([], [], label=label, **points)
+    axis.plot(widths, values, zorder=3, **{**points, "linewidth": 0})
+    axis.plot(widths, fit_line(widths, values, exponent), color=colour, linewidth=1.3)
+    if predicted is not None:
+        axis.plot(widths, 1.5 * fit_line(widths, values, predicted), color="0.35", linestyle="--", linewidth=1.1, zorder=1)
+
+
 # figure: (function, can this summary show it?)
 FIGURES = {
     "lr_transfer": (lr_transfer, curves),
@@ -426,6 +479,7 @@ FIGURES = {
     "limit": (limit, lambda summary: is_mlp(summary) and summary.get("limit") and summary["steps"] > 20),
     "losses": (losses, lambda summary: len({row["loss"] for row in curves(summary)}) > 2),
     "calibration": (calibration, lambda summary: is_mlp(summary) and len({row["param"] for row in curves(summary) if row["loss"] == "ce"}) > 1),
+    "linear_net": (linear_net, lambda summary: summary.get("linear_net")),
 }
 
 

@@ -7,7 +7,7 @@
 One row per run goes to <out>/runs.jsonl as soon as its stack is done; what is there is not run again, so a killed sweep
 started again goes on. `summarize` then needs nothing but those rows.
 
-    curve            one (loss, param, optimizer, alpha); its exponent is of LR against width: -0.5 means n^-1/2
+    curve            one (loss, param, optimizer, alpha, warmup); its exponent is of LR against width: -0.5 means n^-1/2
     optimal LR       argmin of the seed-mean final train loss, refined by a parabola in log LR
     max-stable LR    end of the contiguous stable range above the optimum: a bracket, and its geometric mean
     lattice          LRs are step^k for whole k, so grids of different widths, and extended grids, share their points
@@ -29,14 +29,19 @@ import numpy as np
 import torch
 
 import metrics
+import models
 import param
 import plots
 import train
 
-CURVE = ("loss", "param", "optimizer", "alpha", "norm_affine")      # settings that tell one curve from another
-GRID = ("width", "lr", "seed") + CURVE                              # settings that vary within a sweep
+# Settings that tell one curve from another, and those that vary within a sweep.
+CURVE = ("loss", "param", "optimizer", "alpha", "norm_affine", "warmup", "warmup_exponent")
+GRID = ("width", "lr", "seed") + CURVE
 LR_RANGE = {"sgd": (2 ** -8, 2 ** 3), "adam": (2 ** -9, 2 ** -1)}
 
+# The closed-form net: constant LR, a fixed warmup, and one that grows as n^1/2.
+LINEAR_NET = dict(model="linear_net", label_noise=0.01, seeds=4, base_width=64, lrs=[2 ** (k / 2) for k in range(-44, 5)],
+                  stable_if="chance=1e12")      # a late catapult raises the loss for a while: only divergence counts
 PRESETS = {     # name: {scale: flags}
     "headline": {
         "cpu": dict(hidden_layers=4, steps=100, widths=[64, 128, 256, 512, 1024], loss=["ce", "mse"], seeds=3),
@@ -90,8 +95,13 @@ PRESETS = {     # name: {scale: flags}
         "cpu": dict(alpha=[0.5, 1.0], widths=[128, 256, 512, 1024], lrs=[0.1], steps=100, seeds=3, track=10),
         "paper": dict(alpha=[0.5, 1.0], widths=[256, 512, 1024, 2048, 4096, 8192], hidden_layers=7, lrs=[0.1], steps=937,
                       seeds=4, track=50)},
+    "linear_net": {     # at the narrowest width, where all parameterizations coincide, both warmups are equally long
+        "cpu": dict(LINEAR_NET, widths=[4 ** k for k in range(3, 11)], steps=5000, stack="256",
+                    curves=[{}, dict(warmup=32), dict(warmup=32, warmup_exponent=0.5)]),
+        "paper": dict(LINEAR_NET, widths=[2 ** k for k in range(6, 21)], steps=100_000, stack="64",
+                      curves=[{}, dict(warmup=512), dict(warmup=512, warmup_exponent=0.5)])},
 }
-DEFAULT_PRESET = {"mlp": "headline", "gpt": "gpt_small"}
+DEFAULT_PRESET = {"mlp": "headline", "gpt": "gpt_small", "linear_net": "linear_net"}
 CRITERIA = {    # name: (default X, stable(mean final train loss, mean train accuracy, lowest mean loss, chance loss, X), words)
     "chance": (1.0, lambda loss, accuracy, best, chance, x: loss < x * chance, "loss below X times a constant predictor's"),
     "accuracy": (0.3, lambda loss, accuracy, best, chance, x: accuracy > x, "train accuracy above X"),
@@ -270,20 +280,22 @@ def number(value):
 
 def depth(config):
     """Hidden activations as param.predict counts them: a GPT's embedding, one per decoder layer, and what the readout sees."""
-    return config["hidden_layers"] if config["model"] == "mlp" else config["layers"] + 2
+    return config["layers"] + 2 if config["model"] == "gpt" else config["hidden_layers"]
 
 
 def summarize(rows, curves, widths, seeds, criterion, shared):
     """The rows of summary.json, from result rows alone; shared holds the fixed settings."""
     summary = []
     for curve in curves:
-        loss, parameterization, optimizer, alpha, *_ = curve
+        told = dict(zip(CURVE, curve))
         cells = [cell_of(rows, curve, width, seeds) for width in widths]
         cells, present = zip(*[(cell, width) for cell, width in zip(cells, widths) if len(cell["lr"])] or [((), ())])
         if not cells:
             continue
         fits, points = exponents_of(cells, present, criterion)
-        predicted = alpha - param.max_stable_alpha(parameterization, optimizer, loss, depth(shared), shared["trainable"])
+        predicted = told["alpha"] - param.max_stable_alpha(told["param"], told["optimizer"], told["loss"], depth(shared), shared["trainable"])
+        if shared["model"] == "linear_net":     # what counts is the LR's growth per step, up to a width-independent bound
+            predicted = min(0.0, predicted + told["warmup_exponent"])
         flags = ["one width: no exponent"] if len(present) == 1 else []
         flags += ["one seed: the interval is the grid's resolution"] if seeds == 1 else []
         failed = sorted({row["width"] for row in rows if row["failed"] and tuple(row[name] for name in CURVE) == curve})
@@ -296,6 +308,9 @@ def summarize(rows, curves, widths, seeds, criterion, shared):
                 flags += [f"width {width}: no stable LR"] * math.isnan(stable)
             if not math.isnan(stable) and math.isnan(unstable):
                 flags.append(f"width {width}: nothing unstable up to LR {cell['lr'][-1]:.3g}")
+        if shared["model"] == "linear_net":     # a range of LRs fits the one sample: no optimum
+            flags = [flag for flag in flags if "optimum" not in flag]
+            points[:, 1], fits["optimal"] = math.nan, (math.nan, [math.nan] * 2)
         lrs = np.exp(points[:, 1:])
         at_optimum = {name: [train.finite(cell[name][:, int(best)].tolist()) for (best, *_), cell in zip(points, cells)]
                       for name in train.VALIDATION}                                             # [W][S]
@@ -436,6 +451,35 @@ def update_exponents(values, curve, widths, shared, names):
                 entry["interval"] = train.finite(list(metrics.exponent_interval(*measured)))
             entries.append(entry)
     return entries
+
+
+def linear_net_measurements(widths, seeds=32, times=(1, 4, 16), one_step_lr=0.5):
+    """{"distance": [..], "one_step": [..]}: of the closed-form linear net at base width 1, with exponents and intervals.
+
+    distance: |f - its infinite-width limit from the same initial f| after some steps at LR 0.1 (mup's initial f is 0 in the
+    limit). one_step: |loss decrease| after one step; where f diverges with width, the squared loss changes twice as fast.
+    """
+    result, every = {"distance": [], "one_step": []}, torch.arange(seeds)
+
+    def entry(values, predicted):
+        return {"widths": list(widths), "values": values, "exponent": metrics.fit_exponent(widths, values)[0],
+                "interval": list(metrics.exponent_interval(widths, values)), "predicted": predicted}
+
+    for parameterization in ("mup", "ntp"):
+        distances = []
+        for width in widths:
+            path = models.linear_net(width, 0.1, max(times), parameterization, every)
+            limit = models.linear_net(math.inf, 0.1, max(times), parameterization, every,
+                                      f0=0.0 if parameterization == "mup" else path.f[0])
+            distances.append((path.f - limit.f).abs()[list(times)])
+        for step, values in zip(times, torch.stack(distances, -1).tolist()):                # [seed][width]
+            result["distance"].append({"param": parameterization, "step": step, **entry(values, -0.5)})
+    for parameterization, alpha in (("sp", 0.5), ("sp", 1.0), ("sp", 1.5), ("ntp", 0.0)):
+        losses = [models.linear_net(width, one_step_lr, 1, parameterization, every, alpha).loss for width in widths]
+        logits = param.predict(parameterization, "sgd", "mse", alpha, hidden_layers=1).effective[-1]
+        values = torch.stack([(loss[1] - loss[0]).abs() for loss in losses], -1).tolist()
+        result["one_step"].append({"param": parameterization, "alpha": alpha, **entry(values, max(logits, 2 * logits))})
+    return result
 
 
 def update_table(updates):
@@ -819,6 +863,8 @@ def report(args, given, curves, rows, tracks, shared):
     if args["track"]:
         summary.update(summarize_tracks(found, tracks, curves, args["widths"], args["seeds"], shared))
         print(update_table(summary["updates"]))
+    if shared["model"] == "linear_net":
+        summary["linear_net"] = linear_net_measurements(args["widths"])
     write_json(args["out"] / "summary.json", summary)
 
 

@@ -1832,6 +1832,188 @@ def test_a_compiled_model_is_measured_under_the_names_of_the_plain_one():
     assert metrics.refined_coordinate_check(compiled, reference, x) == plain
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# Closed-form linear net
+
+def explicit_linear_net(run, alpha, base_width, weight_decay, schedule, steps, x=1.3, y=0.7):
+    """(f, loss) before every step and after the last, up to divergence: torch.optim.SGD on nn.Linear with param's table."""
+    parameterization, width, lr, seed = run
+    net, base, other = (models.MLP(1, n, 1, 1, activation="identity").double() for n in (width, base_width, 2 * base_width))
+    roles = param.infer_roles(other, base)
+    param.init_(net, base, parameterization, seeded(seed), gain=1.0, overrides=roles)
+    groups = param.param_groups(net, base, parameterization, "sgd", lr, alpha, weight_decay, overrides=roles)
+    optimizer, path = torch.optim.SGD(groups), []
+    for step in range(steps + 1):
+        f = net(torch.full((1, 1), x, dtype=torch.float64)).squeeze()
+        path.append((f.item(), ((f - y) ** 2 / 2).item()))
+        if not math.isfinite(path[-1][1]):
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step) * group["base_lr"]
+        optimizer.zero_grad()
+        ((f - y) ** 2 / 2).backward()
+        optimizer.step()
+    return torch.tensor(path, dtype=torch.float64).T
+
+
+@pytest.mark.parametrize("weight_decay, scheduled", [(0.0, False), (0.1, True)])
+@pytest.mark.parametrize("parameterization", models.LINEAR_NET)
+def test_the_linear_net_is_gradient_descent_with_the_exponents_of_param(parameterization, weight_decay, scheduled):
+    config = train.configure({"steps": 50, "warmup": 10, "decay": "cosine"})
+    schedule = (lambda step: train.schedule(step, config)) if scheduled else (lambda step: 1.0)
+    lrs, diverged = [0.01, 0.1, 4.0], 0
+    for width, base_width, alpha in ((64, 1, 0.0), (200, 16, 0.5)):
+        path = models.linear_net(width, lrs, 50, parameterization, [[0], [3]], alpha, base_width, 1.3, 0.7, weight_decay, schedule)
+        assert path.f.shape == path.ntk.shape == path.loss.shape == (51, 2, 3)
+        for (s, seed), (i, lr) in ((a, b) for a in enumerate((0, 3)) for b in enumerate(lrs)):
+            f, loss = explicit_linear_net((parameterization, width, lr, seed), alpha, base_width, weight_decay, schedule, 50)
+            last = len(loss) if loss[-1].isfinite() else len(loss) - 1
+            assert path.diverged_at[s, i].item() == (-1 if last == 51 else last)
+            assert ((path.f[:last, s, i] - f[:last]).abs() <= 1e-9 * f[:last].abs().clamp_min(1)).all()
+            torch.testing.assert_close(path.loss[:last, s, i], loss[:last], rtol=1e-8, atol=1e-9)
+            assert path.f[last:, s, i].isnan().all()
+            diverged += last < 51
+    assert 2 <= diverged <= 8       # of 12: the equality covers runs that blow up
+
+
+def test_the_linear_nets_exponents_are_those_of_param():
+    for name in param.PARAMETERIZATIONS:
+        e = param.exponents(name, "sgd")
+        assert models.LINEAR_NET[name] == (e["output"][0], e["input"][1], e["output"][1])
+
+
+def test_the_ntk_is_the_gradient_kernel_with_the_learning_rates_width_factors():
+    for name, k_u, k_v, std in (("sp", 1, 1, 8), ("ntp", 1, 1 / 64, 8), ("mup", 64, 1 / 64, 64)):
+        generator = seeded(2)
+        u, v = (torch.randn(64, generator=generator, dtype=torch.float64) for _ in range(2))
+        start = models.linear_net(64, 0.1, 1, name, seed=2, x=1.3)
+        assert start.f[0].item() == pytest.approx(1.3 * (u @ v / std).item(), rel=1e-12)
+        assert start.ntk[0].item() == pytest.approx(1.3 ** 2 * (k_u * (v @ v) / std ** 2 + k_v * (u @ u)).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("parameterization, alpha", [("mup", 0.0), ("ntp", 0.0), ("sp", 1.0)])
+def test_the_linear_net_approaches_its_infinite_width_limit_as_one_over_root_n(parameterization, alpha):
+    widths, seeds = [4 ** k for k in range(4, 9)], torch.arange(24)
+    for start in (True, False):
+        distances = []
+        for width in widths:
+            path = models.linear_net(width, 0.1, 8, parameterization, seeds, alpha)
+            f0 = path.f[0] if start and parameterization != "mup" else None
+            limit = models.linear_net(math.inf, 0.1, 8, parameterization, seeds, alpha, f0=f0)
+            distances.append((path.f - limit.f)[8].abs())
+        slope = metrics.fit_exponent(widths, torch.stack(distances, -1))[0]
+        if start or parameterization == "mup":
+            assert abs(slope + 0.5) < 0.1                       # neither n^-1 nor n^0
+        else:
+            assert abs(slope) < 0.2                             # another draw of the random initial f is no limit
+
+
+def test_the_limits_of_the_linear_net():
+    lazy, feature = models.linear_net(math.inf, 0.1, 9, "ntp"), models.linear_net(math.inf, 0.1, 9, "mup")
+    assert (lazy.ntk == 2).all() and lazy.f[0] != 0
+    torch.testing.assert_close(lazy.f - 1, (lazy.f[0] - 1) * 0.8 ** torch.arange(10).double())         # linear regression
+    assert feature.f[0] == 0 and feature.ntk[0] == 2 and feature.ntk[9] > 2.1
+    assert (models.linear_net(math.inf, 0.1, 9, "sp", alpha=1.0).ntk == 1).all()
+    for alpha in (0.0, 0.5):
+        with pytest.raises(ValueError, match="use alpha >= 1"):
+            models.linear_net(math.inf, 0.1, 9, "sp", alpha=alpha)
+    with pytest.raises(ValueError, match="choose from sp, ntp, mup"):
+        models.linear_net(64, 0.1, 9, "muP")
+
+
+def test_an_unstable_minimum_of_the_linear_net_is_left():
+    """In float64, f itself comes to rest exactly at y = 1 during a slow warmup, at LRs whose sharpness is many times 2 / LR."""
+    width, lr, steps, warmup = 4096, 20 / 4096, 3000, 1000
+    path = models.linear_net(width, lr, steps, "sp", schedule=lambda step: min(1.0, (step + 1) / warmup))
+    f, ntk = path.f[0].item(), path.ntk[0].item()
+    for step in range(steps):
+        g = lr * min(1.0, (step + 1) / warmup) * (f - 1)
+        f, ntk = f * (1 + g * g) - g * ntk, ntk * (1 + g * g) - 4 * g * f
+    assert f == 1 and lr * ntk > 10
+    assert path.diverged_at > 0
+
+
+C3 = [("sp", 0.5, 1.0), ("sp", 1.0, 0.0), ("sp", 1.5, -0.5), ("ntp", 0.0, 0.0)]     # the squared loss doubles 1/2
+
+
+def predicted_decrease(parameterization, alpha, hidden_layers):
+    logits = max(getattr(param.predict(parameterization, "sgd", "mse", alpha, hidden_layers), kind)[-1]
+                 for kind in ("effective", "propagating"))
+    return max(logits, 2 * logits)
+
+
+@pytest.mark.parametrize("parameterization, alpha, exponent", C3)
+def test_proposition_c3_loss_decrease_of_the_linear_net_after_one_step(parameterization, alpha, exponent):
+    widths, seeds = [4 ** k for k in range(4, 9)], torch.arange(32)
+    losses = [models.linear_net(width, 0.5, 1, parameterization, seeds, alpha).loss for width in widths]
+    slope = metrics.fit_exponent(widths, torch.stack([(loss[1] - loss[0]).abs().median() for loss in losses]))[0]
+    assert predicted_decrease(parameterization, alpha, 1) == exponent
+    assert abs(slope - exponent) < 0.15
+    for other in (alpha - 0.25, alpha + 0.25):
+        assert abs(slope - predicted_decrease(parameterization, other, 1)) > 0.15
+    assert all((loss[1] < loss[0]).all() for loss in losses) == (exponent <= 0)
+
+
+@pytest.mark.parametrize("parameterization, alpha, exponent", C3)
+def test_proposition_c3_loss_decrease_of_the_mlp_after_one_step(parameterization, alpha, exponent):
+    """Small readout and unequal classes as in first_step_exponents: so labels, not random initial logits, set the loss."""
+    widths, decreases = (128, 256, 512, 1024), []
+    x, y = train.multi_index(256, seeded(7))
+    chosen = torch.cat([(y == 1).nonzero()[:48], (y == 0).nonzero()[:16]]).squeeze(1)
+    x, y = x[chosen].double(), F.one_hot(y[chosen]).double()
+    lr = 0.5 if exponent > 0 else 0.003                         # far beyond the edge, or well within it
+    for seed in range(3):
+        for width in widths:
+            model, base = net_and_base(width, 64, d_in=100, classes=2)
+            param.init_(model, base, parameterization, seeded(seed), std={"output": 0.05 * math.sqrt(2 / 64)})
+            before = F.mse_loss(model(x), y)
+            before.backward()
+            torch.optim.SGD(param.param_groups(model, base, parameterization, "sgd", lr, alpha)).step()
+            decreases.append(before.item() - F.mse_loss(model(x), y).item())
+    decreases = torch.tensor(decreases).view(3, len(widths))
+    assert ((decreases > 0) == (exponent <= 0)).all()
+    slope = metrics.fit_exponent(widths, decreases.abs().median(0).values)[0]
+    assert abs(slope - exponent) < 0.2                          # widths to 1024 only
+    for other in (alpha - 0.5, alpha + 0.5):
+        assert abs(slope - predicted_decrease(parameterization, other, 3)) > 0.3
+
+
+FAST = ["--model", "linear_net", "--widths", "64", "1024", "16384", "--steps", "600", "--seeds", "2",
+        "--lrs", *(2 ** (k / 2) for k in range(-32, -2))]
+
+
+def test_a_sweep_of_the_linear_net_finds_slope_minus_one_unless_the_warmup_grows_with_width(tmp_path):
+    done = run_script("sweep.py", *FAST, "--out", tmp_path)
+    assert done.returncode == 0 and "warmup_exponent" in done.stdout, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    found = {(row["warmup"], row["warmup_exponent"]): row for row in summary["rows"]}
+    assert list(found) == [(0, 0.0), (32, 0.0), (32, 0.5)]
+    assert [row["predicted_max_stable_exponent"] for row in found.values()] == [-1.0, -1.0, -0.5]
+    for row in found.values():
+        assert abs(row["max_stable_exponent"] - row["predicted_max_stable_exponent"]) < 0.15
+        assert row["optimal_lr"] == [None] * 3 and not row["flags"]
+    assert {entry["param"] for entry in summary["linear_net"]["distance"]} == {"mup", "ntp"}
+    assert [path.name for path in sorted((tmp_path / "figures").iterdir())] == ["linear_net.pdf", "linear_net.png"]
+
+
+def test_rows_of_the_linear_net_are_its_trajectories(tmp_path):
+    fixed = {**train.FIXED["linear_net"], "model": "linear_net", "width": 4096, "base_width": 1, "steps": 40}
+    runs = [dict(fixed, param=name, lr=lr, seed=seed) for name in ("sp", "mup") for lr in (1e-4, 0.1) for seed in (0, 1)]
+    rows = train.train(runs)
+    for run, row in zip(runs, rows):
+        path = models.linear_net(4096, run["lr"], 40, run["param"], run["seed"])
+        last = path.diverged_at.item()
+        assert row["diverged_at"] == (None if last < 0 else last)
+        assert row["final_train_loss"] == (pytest.approx(path.loss[36:40].mean().item()) if last < 0 else None)
+        assert row["val_loss"] is None and row["chance_loss"] == 0.5 and row["id"] == train.run_id(train.configure(run))
+    assert [row["diverged_at"] is None for row in rows] == [True, True, False, False, True, True, True, True]
+    for setting, words in (({"loss": "ce"}, "must be 'mse'"), ({"optimizer": "adam"}, "must be 'sgd'")):
+        with pytest.raises(ValueError, match=words):
+            train.train([{**fixed, **setting}])
+    with pytest.raises(ValueError, match="no modules to track"):
+        train.train([fixed], track=1)
+
+
 # --- the README
 
 def test_the_readmes_table_is_the_one_in_param():

@@ -67,10 +67,10 @@ def one_of(*names):
     return Kind(str, lambda v: v in names, "one of " + ", ".join(names))
 
 
-DATASETS = {"multi_index": (100, 2), "mnist": (784, 10), "fashion_mnist": (784, 10), "cifar10": (3072, 10)}    # (D, C)
+DATASETS = {"multi_index": (100, 2), "mnist": (784, 10), "fashion_mnist": (784, 10), "cifar10": (3072, 10), "one_sample": (1, 2)}    # (D, C)
 
 SETTINGS = {    # name: (default, kind, help)
-    "model":         ("mlp", one_of("mlp", "gpt"), "network"),
+    "model":         ("mlp", one_of("mlp", "gpt", "linear_net"), "network"),
     "width":         (256, COUNT, "hidden units"),
     "base_width":    (256, COUNT, "width at which all parameterizations coincide"),
     "hidden_layers": (3, COUNT, "hidden activations; 7 is the paper's 8-layer MLP"),
@@ -103,15 +103,20 @@ SETTINGS = {    # name: (default, kind, help)
     "steps":         (200, COUNT, "optimizer steps"),
     "batch_size":    (64, COUNT, "samples a step"),
     "accumulate":    (1, COUNT, "gradient accumulation: parts into which each batch is cut"),
-    "warmup":        (0, WHOLE, "steps of linear warmup"),
+    "warmup":        (0, WHOLE, "steps of linear warmup at the base width"),
+    "warmup_exponent": (0.0, NUMBER, "exponent: warmup steps times (width / base width)^this, rounded"),
     "decay":         ("none", one_of("none", "cosine"), "cosine: to a tenth of the LR at the last step"),
+    "label_noise":   (0.0, NONNEGATIVE, "linear_net: standard deviation of noise on the label, drawn anew at every step"),
     "seed":          (0, WHOLE, "seed of initialization and data order"),
     "dtype":         ("float32", one_of("float32", "float64", "bfloat16"), "bfloat16: float32 weights under autocast"),
 }
+FIXED = {"linear_net": {"optimizer": "sgd", "data": "one_sample", "loss": "mse", "hidden_layers": 1, "dtype": "float64", "momentum": 0.0,
+                        "clip": 0.0, "trainable": "all", "bias": False, "readout_scale": 1.0}}     # what a model leaves no choice in
 DEFAULTS = {    # (model, optimizer): the defaults that differ there; the GPT's are the paper's
     ("gpt", "sgd"):  dict(data="stdlib", base_width=64, batch_size=8, val_size=128, decay="cosine", warmup=10),
     ("gpt", "adam"): dict(data="stdlib", base_width=64, batch_size=8, val_size=128, decay="cosine", warmup=10,
                           eps=1e-12, weight_decay=0.1, clip=1.0),
+    ("linear_net", "sgd"): dict(FIXED["linear_net"], base_width=64),
 }
 # What may differ within one stack; everything else is shape, data, loss or schedule.
 PER_REPLICA = ("lr", "seed", "param", "alpha", "weight_decay", "eps", "trainable", "readout_scale")
@@ -132,17 +137,24 @@ def configure(run):
         if not (isinstance(value, kind.type) and (kind.type is not int or number) and kind.holds(value)):
             raise ValueError(f"{name} is {value!r}; it must be {kind.words}")
         config[name] = value
-    if config["warmup"] > config["steps"]:
-        raise ValueError(f"warmup is {config['warmup']}, longer than the run; it must be at most steps = {config['steps']}")
     if config["batch_size"] % config["accumulate"]:
         raise ValueError(f"batch_size is {config['batch_size']}; it must be a multiple of accumulate = {config['accumulate']}")
+    for name, value in FIXED.get(config["model"], {"label_noise": 0.0}).items():
+        if config[name] != value:
+            raise ValueError(f"{name} is {config[name]!r}; with --model {config['model']} it must be {value!r}")
     if (config["model"] == "gpt") == (config["data"] in DATASETS):
         raise ValueError(f"data is {config['data']!r}; " + (f"for model {config['model']} it must be one of {', '.join(DATASETS)}"
                          if config["model"] != "gpt" else "for model gpt it must be stdlib, or a file or folder of text or tokens"))
     for name in ("width", "base_width") if config["model"] == "gpt" else ():
         if config[name] % config["head_dim"]:
             raise ValueError(f"{name} is {config[name]}; for model gpt it must be a multiple of head_dim = {config['head_dim']}")
+    if warmup_steps(config) > config["steps"]:
+        raise ValueError(f"warmup is {warmup_steps(config)}, longer than the run; it must be at most steps = {config['steps']}")
     return config
+
+
+def warmup_steps(config):
+    return round(config["warmup"] * (config["width"] / config["base_width"]) ** config["warmup_exponent"])
 
 
 def run_id(config):
@@ -372,8 +384,8 @@ def load_text(name, context, device="cpu", vocab_size=0, val_size=64):
 def load_data(name, root=None, device="cpu", dtype=torch.float32, train_size=20_000, val_size=1_000, data_seed=0):
     """Splits(x (N, D), y (N,), x_val, y_val, classes) on the device; for text see load_text.
 
-    multi_index is generated: train_size and val_size samples from data_seed. mnist, fashion_mnist and cifar10 are read
-    from their standard files (IDX or CIFAR-10 binary, plain or .gz) in root, else $DATA_DIR, else ./data, each with or
+    multi_index is generated: train_size and val_size samples from data_seed. one_sample is x = 1, y = 1, for linear_net.
+    mnist, fashion_mnist and cifar10 are read from their standard files (IDX or CIFAR-10 binary, plain or .gz) in root, else $DATA_DIR, else ./data, each with or
     without a folder of the data set's name, else where Debian's dataset-fashion-mnist puts them; absent files are
     downloaded and their MD5 checked. Pixels are shifted and scaled to the training split's mean 0 and variance 1; of
     the test split the first val_size samples are used.
@@ -383,6 +395,8 @@ def load_data(name, root=None, device="cpu", dtype=torch.float32, train_size=20_
     if name == "multi_index":
         generator = torch.Generator().manual_seed(data_seed)
         (x, y), (x_val, y_val), classes = multi_index(train_size, generator), multi_index(val_size, generator), 2
+    elif name == "one_sample":
+        x, y, x_val, y_val, classes = torch.ones(1, 1), torch.ones(1).long(), torch.ones(1, 1), torch.ones(1).long(), 2
     elif name in _FILES:
         (x, y), (x_val, y_val) = ([torch.from_numpy(np.array(part)) for part in split] for split in _read_images(name, root))
         x, y, x_val, y_val, classes = x.float(), y.long(), x_val[:val_size].float(), y_val[:val_size].long(), 10
@@ -569,11 +583,12 @@ def update_(stack, grads, config, factor, step):
 
 def schedule(step, config):
     """Factor on every base LR at a step counted from zero: linear warmup, then constant or cosine to a tenth."""
-    if step < config["warmup"]:
-        return (step + 1) / config["warmup"]
+    warmup = warmup_steps(config)
+    if step < warmup:
+        return (step + 1) / warmup
     if config["decay"] == "none":
         return 1.0
-    progress = (step - config["warmup"]) / max(1, config["steps"] - config["warmup"] - 1)
+    progress = (step - warmup) / max(1, config["steps"] - warmup - 1)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
@@ -584,6 +599,8 @@ def samples_of(config):
 
 def replica_size(config):
     """(parameters, bytes of memory) of one replica: weights, optimizer state, gradients, activations and batches."""
+    if config["model"] == "linear_net":
+        return 2, 8 * 6 * config["steps"]       # f and the tangent kernel stand for all weights; trajectories
     model, _, _ = build(config)
     parameters = sum(p.numel() for p in model.parameters())
     plain = not (config["momentum"] or config["weight_decay"] or config["clip"] or config["model"] == "gpt")
@@ -609,7 +626,7 @@ def stacks(runs, device="cpu", size="auto", shares=1):
         elif torch.device(device).type == "cuda":
             limit = min(256, torch.cuda.mem_get_info(device)[0] // 2 // memory)
         else:
-            limit = min(64, 2 ** 23 // parameters) if group[0]["model"] == "mlp" else 1
+            limit = 1 if group[0]["model"] == "gpt" else min(64, 2 ** 23 // parameters)
         parts = max(math.ceil(len(group) / max(1, limit)), min(shares, len(group)))
         bounds = [len(group) * i // parts for i in range(parts + 1)]       # parts of equal size, to one run
         yield from (group[a:b] for a, b in zip(bounds, bounds[1:]))
@@ -720,6 +737,10 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
         if name not in PER_REPLICA and any(run[name] != runs[0][name] for run in runs):
             raise ValueError(f"runs of one stack must share {name}; only {', '.join(PER_REPLICA)} may differ")
     splits = load_splits(runs[0], data_dir, device) if splits is None else splits
+    if runs[0]["model"] == "linear_net":
+        if track:
+            raise ValueError("linear_net has no modules to track; use --track 0, or --model mlp --activation identity")
+        return linear_net_rows(runs, splits, device, start)
     if runs[0]["model"] == "gpt":
         runs = [dict(run, vocab_size=splits.classes) for run in runs]
     config = dict(runs[0], weight_decay=max(run["weight_decay"] for run in runs))
@@ -816,6 +837,23 @@ def load_checkpoint(path, ids, device):
     except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
         raise ValueError(f"{path} is damaged; remove it to begin that run anew") from None
     raise ValueError(f"{path} belongs to another run; remove it, or use another --out")
+
+
+def linear_net_rows(runs, splits, device, start):
+    """The rows of a stack of linear_net runs, computed on the CPU; what has no meaning for one sample is null."""
+    results, config = {}, runs[0]
+    for parameterization, alpha in dict.fromkeys((run["param"], run["alpha"]) for run in runs):
+        chosen = [r for r, run in enumerate(runs) if (run["param"], run["alpha"]) == (parameterization, alpha)]
+        lr, seed, weight_decay = ([runs[r][name] for r in chosen] for name in ("lr", "seed", "weight_decay"))
+        path = models.linear_net(config["width"], lr, config["steps"], parameterization, seed, alpha, config["base_width"],
+                                 splits.x.item(), splits.y.item(), weight_decay, lambda step: schedule(step, config), config["label_noise"])
+        tenth = max(1, config["steps"] // 10)
+        losses = finite(path.loss[-tenth - 1:-1].mean(0).tolist())          # as elsewhere, the losses before each step
+        for r, loss, step in zip(chosen, losses, path.diverged_at.tolist()):
+            results[r] = {"final_train_loss": loss if step < 0 else None, "diverged_at": step if step >= 0 else None}
+    shared = {**dict.fromkeys(("train_accuracy", *VALIDATION, "failed")), "chance_loss": splits.y.item() ** 2 / 2, **provenance(device),      # of the initial readout's mean, 0
+              "seconds": round((time.perf_counter() - start) / len(runs), 4)}
+    return [{"id": run_id(run), **run, **results[r], **shared} for r, run in enumerate(runs)]
 
 
 def tracker(runs, model, initial, splits, config, tracked):
