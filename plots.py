@@ -4,7 +4,8 @@
     exponents     optimal and largest stable LR against width, with fits and the predicted slope (Fig. 5, right)
     optimal_lr    optimal LR against width with fits, beside n^-1/2 and n^-1 (Fig. 1)
     regimes       measured exponents of logits and updates against α on the predicted lines (Propositions 1 and 2)
-    updates       effective and propagating updates of every layer against width (Fig. 4)
+    updates       effective and propagating updates of every layer against width, after the first step (Fig. 4)
+    later_updates the same after the last step
     alignment     operator-norm alignment over training steps, one line per width (Fig. 2)
     limit         distance of the softmax outputs to the widest network's, and the features' change (Proposition 2)
     losses        best validation accuracy over LR against width for every loss and parameterization (Fig. 7)
@@ -266,9 +267,9 @@ def curve_keys(entries):
     return list(dict.fromkeys(map(curve_key, entries)))
 
 
-def updates(summary):
-    """Effective (top) and propagating (bottom) updates of every layer after the first step; measured and predicted exponent."""
-    entries = [entry for entry in summary["updates"] if entry["step"] == 1 and entry["loss"] == summary["updates"][0]["loss"]]
+def updates(summary, step=1):
+    """Effective (top) and propagating (bottom) updates of every layer after a step; measured and predicted exponent."""
+    entries = [entry for entry in summary["updates"] if entry["step"] == step and entry["loss"] == summary["updates"][0]["loss"]]
     keys = [key for key in curve_keys(entries) if key[3] in (0.0, 0.5, 1.0)] or curve_keys(entries)[:3]
     layers = sorted({entry["layer"] for entry in entries if entry["kind"] == "effective"})
     figure, axes = plt.subplots(2, len(layers), figsize=(2.75 * len(layers) + 0.6, 5.6), squeeze=False)
@@ -294,8 +295,14 @@ def updates(summary):
         axis.set_title(f"{name}: {'ΔW x' if kind == 'effective' else 'W₀ Δx'}")
     axes[0, 0].set_ylabel("RMS, effective update")
     axes[1, min(1, len(layers) - 1)].set_ylabel("RMS, propagating update")
-    figure.suptitle(f"{setting(summary)}: after one step. Exponent measured (predicted)", fontsize=10.5)
+    title = f"{setting(summary).rpartition(',')[0]}, after {'one step' if step == 1 else f'{step} steps'}. Exponent measured (predicted)"
+    figure.suptitle(title, fontsize=10.5)
     return figure
+
+
+def later_updates(summary):
+    """The same after the last step."""
+    return updates(summary, summary["steps"])
 
 
 def alignment(summary):
@@ -474,6 +481,7 @@ FIGURES = {
     "optimal_lr": (optimal_lr, curves),
     "regimes": (regimes, lambda summary: len({entry["alpha"] for entry in summary.get("updates", ())}) > 2),
     "updates": (updates, lambda summary: is_mlp(summary) and summary.get("updates")),
+    "later_updates": (later_updates, lambda summary: is_mlp(summary) and summary.get("updates") and summary["steps"] > 1),
     "tensor_kinds": (tensor_kinds, lambda summary: not is_mlp(summary) and summary.get("updates")),
     "alignment": (alignment, lambda summary: is_mlp(summary) and summary.get("alignment") and len(summary["alignment"][0]["steps"]) > 5),
     "limit": (limit, lambda summary: is_mlp(summary) and summary.get("limit") and summary["steps"] > 20),

@@ -62,9 +62,9 @@ PRESETS = {     # name: {scale: flags}
                       widths=[256, 512, 1024, 2048, 4096, 8192], steps=937, seeds=4, stable_if="accuracy")},
     "updates": {
         "cpu": dict(curves=[dict(alpha=0.5), dict(param="mup"), dict(param="sp_full_align")], widths=[128, 256, 512, 1024],
-                    lrs=[0.02], readout_scale=0.05, steps=10, seeds=3, track=1),
+                    lrs=[0.1], steps=10, seeds=3, track=1),
         "paper": dict(curves=[dict(alpha=0.5), dict(param="mup"), dict(param="sp_full_align")], hidden_layers=7, steps=100, seeds=4,
-                      widths=[256, 512, 1024, 2048, 4096], lrs=[0.02], readout_scale=0.05, track=10)},
+                      widths=[256, 512, 1024, 2048, 4096], lrs=[0.1], track=10)},
     "alignment": {
         "cpu": dict(alpha=[0.5], widths=[64, 128, 256, 512, 1024], lrs=[0.1], steps=200, seeds=3, track=20),
         "paper": dict(alpha=[0.5], data="mnist", widths=[256, 512, 1024, 2048, 4096], hidden_layers=7, lrs=[0.1], steps=937, seeds=4,
