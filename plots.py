@@ -87,6 +87,14 @@ def octaves(axis, values):
     axis.set_minor_locator(NullLocator())
 
 
+def sparse_decades(axis, span):
+    """Labels at 1, 2 and 5 where a log axis spans less than two decades."""
+    if span < 100:
+        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def power(exponent):
     return f"$n^{{{round(exponent, 2) + 0.0:.2f}}}$".replace("-", "−")          # + 0.0: no minus zero
 
@@ -289,7 +297,7 @@ def updates(summary, step=1):
         axis.set_visible(bool(axis.lines))
         low, high = axis.get_ylim()
         axis.set_ylim(low, high * (high / low) ** 0.5)          # room for the legend
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        sparse_decades(axis.yaxis, high / low)
         axis.legend(fontsize=7.5, loc="upper left", borderaxespad=0.1, handlelength=1.2) if axis.get_legend_handles_labels()[1] else None
         name = "readout" if layer == layers[-1] else f"layer {layer + 1}"
         axis.set_title(f"{name}: {'ΔW x' if kind == 'effective' else 'W₀ Δx'}")
@@ -414,9 +422,7 @@ def calibration(summary):
             axis.plot(row["widths"], seeds.mean(1), color=colour, label=f"{name_of(row, rows)}: {power(slope)}")
             axis.set(xscale="log", yscale="log", xlabel="width n")
             octaves(axis.xaxis, row["widths"])
-            axis.yaxis.set_minor_formatter(NullFormatter())
-            axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            sparse_decades(axis.yaxis, 1)
     for axis, label in zip(axes, ("expected calibration error", "RMS of the logits")):
         axis.set_ylabel(label)
         axis.legend(fontsize=8.5)
