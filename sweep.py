@@ -26,7 +26,6 @@ import torch
 
 import metrics
 import param
-import plots
 import train
 
 CURVE = ("loss", "param", "optimizer", "alpha")     # settings that tell one curve from another
@@ -623,6 +622,7 @@ def main():
             print(update_table(summary["updates"]))
         write_json(args["out"] / "summary.json", summary)
     if not args["no_plots"]:
+        import plots        # matplotlib takes a second to load
         for path in plots.draw(args["out"]):
             print(path)
 

@@ -428,6 +428,15 @@ def test_a_stacked_run_is_the_run_alone_with_torch_optim(variant, dtype, toleran
             assert row[name] == pytest.approx(value, rel=tolerance), name
 
 
+@pytest.mark.parametrize("variant", [{"weight_decay": 0.1, "clip": 0.5}, {"bias": True, "param": "mup"}], ids=["clip", "bias"])
+def test_wide_layers_under_adam_are_those_of_torch_optim(variant, small_data):
+    wide = dict(SMALL, width=300, steps=10, optimizer="adam", dtype="float64", **variant)       # wide enough for the fused kernel
+    runs = [dict(wide, lr=lr, seed=seed) for lr in (0.003, 0.001) for seed in (0, 3)]
+    for run, row in zip(runs, train.train(runs, small_data[torch.float64])):
+        for name, value in alone(run, small_data[torch.float64]).items():
+            assert row[name] == pytest.approx(value, rel=1e-10), name
+
+
 def results(row):
     return {key: value for key, value in row.items() if key != "seconds"}
 

@@ -424,13 +424,25 @@ def update_(stack, grads, config, factor, step):
             g = stack["first"][i].mul_(config["momentum"]).add_(g) if config["momentum"] else g
             w.sub_(lr * g)
         else:
-            m, v = stack["first"][i], stack["second"][i]
-            m.lerp_(g, 1 - config["beta1"])
-            v.mul_(config["beta2"]).addcmul_(g, g, value=1 - config["beta2"])
-            scale = (v / (1 - config["beta2"] ** (step + 1))).sqrt_().add_(stack["eps"][i])
-            if config["weight_decay"]:
-                w.mul_(1 - lr * decay)
-            w.sub_(scale.reciprocal_().mul_(m).mul_(lr / (1 - config["beta1"] ** (step + 1))))
+            adamw_(w, g, stack["first"][i], stack["second"][i], lr, decay, stack["eps"][i], config, step)
+
+
+def adamw_(w, g, m, v, lr, decay, eps, config, step):
+    """AdamW on one tensor of every replica (R, *shape), m and v its moments; lr, decay and eps (R, 1, ...)."""
+    beta1, beta2 = config["beta1"], config["beta2"]
+    if w.is_cpu and w[0].numel() >= 2 ** 16:    # torch's fused kernel: one pass over memory instead of ten, but one LR a call
+        count = torch.tensor(step + 1.0)
+        for r, values in enumerate(zip(lr.flatten().tolist(), decay.flatten().tolist(), eps.flatten().tolist())):
+            torch._fused_adamw_([w[r]], [g[r].contiguous()], [m[r]], [v[r]], [], [count], beta1=beta1, beta2=beta2,
+                                **dict(zip(("lr", "weight_decay", "eps"), values)), amsgrad=False, maximize=False)
+        return
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    root = math.sqrt(1 - beta2 ** (step + 1))
+    scale = v.sqrt().add_(root * eps)
+    if config["weight_decay"]:
+        w.mul_(1 - lr * decay)
+    w.addcmul_(torch.div(m, scale, out=scale), -lr * root / (1 - beta1 ** (step + 1)))
 
 
 def schedule(step, config):
