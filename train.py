@@ -322,7 +322,8 @@ def replica_groups(run, model, base, roles):
 
 def replica_init(run, model, base, roles, dtype):
     """The initial weights of one run, [shape] in the model's order, on the CPU, from the run's seed alone."""
-    fresh = copy.deepcopy(model).to(dtype).to_empty(device="cpu")
+    fresh = copy.deepcopy(model)
+    fresh.load_state_dict({name: torch.empty(w.shape, dtype=dtype) for name, w in model.state_dict().items()}, assign=True)
     readout = {"output": run["readout_scale"] * math.sqrt(2 / run["base_width"])}
     param.init_(fresh, base, run["param"], torch.Generator().manual_seed(run["seed"]), std=readout, overrides=roles)
     return [weights.detach() for weights in fresh.parameters()]
@@ -350,12 +351,17 @@ def stack_runs(runs, model, base, roles, device, dtype):
 
 
 def loss_and_derivative(loss, logits, y):
-    """Loss per sample (R, B) and χ = d(sum over replicas of the mean loss)/dlogits (R, B, C)."""
-    with torch.enable_grad():
-        logits = logits.detach().requires_grad_()
-        per_sample = LOSSES[loss](logits, y)
-        chi, = torch.autograd.grad(per_sample.mean(-1).sum(), logits)
-    return per_sample.detach(), chi
+    """Loss per sample (R, B) and χ = d(sum over replicas of the mean loss)/dlogits (R, B, C), in closed form."""
+    onehot = F.one_hot(y, logits.shape[-1])
+    if loss == "ce":
+        log_p = logits.log_softmax(-1)
+        return -log_p.gather(-1, y[..., None]).squeeze(-1), log_p.exp().sub_(onehot).div_(y.shape[-1])
+    p = logits.softmax(-1) if loss == "brier" else logits
+    error = p - onehot
+    chi = error * (2 / onehot.shape[-1] / y.shape[-1])
+    if loss == "brier":
+        chi = p * (chi - (p * chi).sum(-1, keepdim=True))       # through the softmax
+    return error.square().mean(-1), chi
 
 
 def stacked_forward(model, names, weights, x):
@@ -372,7 +378,7 @@ def gradients(model, names, weights, x, y, loss):
     with torch.enable_grad():
         leaves = [w.detach().requires_grad_() for w in weights]
         logits = stacked_forward(model, names, leaves, x)
-        per_sample, chi = loss_and_derivative(loss, logits, y)      # replicas meet nowhere: one backward serves all
+        per_sample, chi = loss_and_derivative(loss, logits.detach(), y)     # replicas meet nowhere: one backward serves all
         grads = torch.autograd.grad(logits, leaves, chi)
     return grads, per_sample, logits.detach()
 
