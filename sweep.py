@@ -31,7 +31,6 @@ import torch
 import metrics
 import models
 import param
-import plots
 import train
 
 # Settings that tell one curve from another, and those that vary within a sweep.
@@ -521,34 +520,38 @@ def lattice(args, optimizer):
 def wanted(known, low, high, search, extensions, hint=None):
     """Lattice points to run next, a set; empty when the cell is done. A pure function of what is known.
 
-    known: {k: (mean loss, stable)}. grid: all of low..high. coarse-to-fine: every COARSE-th point, then halved steps
-    around the optimum and halves of the edge's bracket. hint = (optimum, edge) at the next narrower width spares the
-    coarse points far from them. Where the optimum lies at an end, or nothing above it is unstable, the grid grows.
+    known: {k: (mean loss, stable)}. grid: all of low..high. coarse-to-fine: every COARSE-th point, then halves of the gaps
+    beside the optimum, down to one step on its better side, and of the edge's bracket. hint = (optimum, edge) at a narrower
+    width replaces the coarse points by every second one near there, unless none of those is stable. Where the optimum lies
+    at an end, or nothing above it is unstable, the grid grows.
     """
-    stride = 1 if search == "grid" else COARSE
-    start = set(range(low, high + 1, stride))
-    if hint and search != "grid":
-        start = {k for k in start if hint[0] - 2 * stride < k < hint[1] + 2 * stride} or start
+    grid, reach = search == "grid", set(range(low - extensions * COARSE, high + extensions * COARSE + 1))
+    stride = 1 if grid else 2 if hint else COARSE
+    start = set(range(low, high + 1, 1 if grid else COARSE))
+    if hint and not grid:
+        near = reach & set(range(hint[0] - 3, max(hint) + 2, 2))
+        if not near <= known.keys() or any(known[k][1] for k in near):
+            start = near
     if not start <= known.keys():
         return start - known.keys()
 
     ks = sorted(known)
     best = min(ks, key=lambda k: known[k][0])
     above = min((k for k in ks if k > best and not known[k][1]), default=None)      # smallest unstable
-
-    def new(points):
-        return {k for k in points - known.keys() if low - extensions * COARSE <= k <= high + extensions * COARSE}
-
-    grown = range(stride, COARSE + 1, stride)
-    want = new({ks[0] - i for i in grown}) if best == ks[0] else set()
+    grown = range(stride, COARSE + 1, stride) if grid else (stride,)
+    want = {ks[0] - i for i in grown} & reach if best == ks[0] else set()
     if best == ks[-1] or (known[best][1] and above is None):
-        want |= new({ks[-1] + i for i in grown})
-    if want or search == "grid" or known[best][0] >= DIVERGED / 1e6:
+        want |= {ks[-1] + i for i in grown} & reach
+    if want or grid or known[best][0] >= DIVERGED / 1e6:
         return want
-    edge = set()
+    i = ks.index(best)
+    beside = ks[max(0, i - 1):i] + ks[i + 1:i + 2]
+    want = {(best + k) // 2 for k in beside if abs(best - k) > 2}
+    if not want and all(abs(best - k) > 1 for k in beside):
+        want = {(best + min(beside, key=lambda k: known[k][0])) // 2}
     if above is not None and known[best][1]:
-        edge = {(max(k for k in ks if best <= k < above) + above) // 2}             # halves the edge's bracket
-    return (new({best - 2, best + 2}) or new({best - 1, best + 1})) | new(edge)
+        want.add((max(k for k in ks if best <= k < above) + above) // 2)            # halves the edge's bracket
+    return want - known.keys()
 
 
 def run_grid(args, given, curves, device, rows, tracks, team, splits=None):
@@ -589,10 +592,13 @@ def missing_runs(args, given, curves, rows):
             missing += new
             if args["search"] != "grid" and not args["lrs"]:
                 if not search({}) <= done.keys():
-                    break           # wider nets wait for this one's coarse grid, which tells where to look
+                    break           # wider nets wait for this one's first points, which tell where to look
                 known = shown(cell, done, search({}), args["criterion"])
+                stable = [k for k in known if known[k][1]]
+                if points and not stable:
+                    break
                 best = min(known, key=lambda k: known[k][0])
-                hint = best, max((k for k in known if known[k][1]), default=best)
+                hint = best, max(stable, default=best)
     return missing
 
 
@@ -847,6 +853,7 @@ def main():
             tracks = read_rows(args["out"], "track*.jsonl")
         report(args, given, curves, rows, tracks, shared)
     if not args["no_plots"]:
+        import plots        # matplotlib takes a second to load
         for path in plots.draw(args["out"]):
             print(path)
 

@@ -469,7 +469,8 @@ def replica_groups(run, model, base, roles):
 
 def replica_init(run, model, base, roles, dtype):
     """The initial weights of one run, [shape] in the model's order, on the CPU, from the run's seed alone."""
-    fresh = copy.deepcopy(model).to(dtype).to_empty(device="cpu")
+    fresh = copy.deepcopy(model)
+    fresh.load_state_dict({name: torch.empty(w.shape, dtype=dtype) for name, w in model.state_dict().items()}, assign=True)
     gain = math.sqrt(2) if run["model"] == "mlp" else 1.0       # He's for ReLU; a GPT's inputs are normalized
     readout = {"output": run["readout_scale"] * gain / math.sqrt(run["base_width"])}
     param.init_(fresh, base, run["param"], torch.Generator().manual_seed(run["seed"]), gain=gain, std=readout, overrides=roles)
@@ -498,12 +499,18 @@ def stack_runs(runs, model, base, roles, device, dtype):
 
 
 def loss_and_derivative(loss, logits, y):
-    """Loss per sample (R, B, ...) and χ = d(sum over replicas of the mean loss)/dlogits (R, B, ..., C)."""
-    with torch.enable_grad():
-        logits = logits.detach().requires_grad_()
-        per_sample = LOSSES[loss](logits, y)
-        chi, = torch.autograd.grad(per_sample.flatten(1).mean(1).sum(), logits)
-    return per_sample.detach(), chi
+    """Loss per sample (R, B, ...) and χ = d(sum over replicas of the mean loss)/dlogits (R, B, ..., C), in closed form."""
+    samples, index = y[0].numel(), y.unsqueeze(-1)
+    if loss == "ce":
+        log_p = logits.log_softmax(-1)
+        chi = log_p.exp().scatter_add_(-1, index, log_p.new_full((), -1.0).expand(index.shape))     # softmax - one-hot
+        return -log_p.gather(-1, index).squeeze(-1), chi.div_(samples)
+    p = logits.softmax(-1) if loss == "brier" else logits
+    error = p.scatter_add(-1, index, p.new_full((), -1.0).expand(index.shape))
+    chi = error * (2 / p.shape[-1] / samples)
+    if loss == "brier":
+        chi = p * (chi - (p * chi).sum(-1, keepdim=True))       # through the softmax
+    return error.square().mean(-1), chi
 
 
 def stacked_forward(model, names, weights, x):
@@ -520,7 +527,7 @@ def gradients(model, names, weights, x, y, loss):
     with torch.enable_grad():
         leaves = [w.detach().requires_grad_() for w in weights]
         logits = stacked_forward(model, names, leaves, x)
-        per_sample, chi = loss_and_derivative(loss, logits, y)      # replicas meet nowhere: one backward serves all
+        per_sample, chi = loss_and_derivative(loss, logits.detach(), y)     # replicas meet nowhere: one backward serves all
         grads = torch.autograd.grad(logits, leaves, chi)
     return grads, per_sample, logits.detach()
 
@@ -572,13 +579,25 @@ def update_(stack, grads, config, factor, step):
             g = stack["first"][i].mul_(config["momentum"]).add_(g) if config["momentum"] else g
             w.sub_(lr * g)
         else:
-            m, v = stack["first"][i], stack["second"][i]
-            m.lerp_(g, 1 - config["beta1"])
-            v.mul_(config["beta2"]).addcmul_(g, g, value=1 - config["beta2"])
-            scale = (v / (1 - config["beta2"] ** (step + 1))).sqrt_().add_(stack["eps"][i])
-            if config["weight_decay"]:
-                w.mul_(1 - lr * decay)
-            w.sub_(scale.reciprocal_().mul_(m).mul_(lr / (1 - config["beta1"] ** (step + 1))))
+            adamw_(w, g, stack["first"][i], stack["second"][i], lr, decay, stack["eps"][i], config, step)
+
+
+def adamw_(w, g, m, v, lr, decay, eps, config, step):
+    """AdamW on one tensor of every replica (R, *shape), m and v its moments; lr, decay and eps (R, 1, ...)."""
+    beta1, beta2 = config["beta1"], config["beta2"]
+    if w.is_cpu and w[0].numel() >= 2 ** 16:    # torch's fused kernel: one pass over memory instead of ten, but one LR a call
+        count = torch.tensor(step + 1.0)
+        for r, values in enumerate(zip(lr.flatten().tolist(), decay.flatten().tolist(), eps.flatten().tolist())):
+            torch._fused_adamw_([w[r]], [g[r].contiguous()], [m[r]], [v[r]], [], [count], beta1=beta1, beta2=beta2,
+                                **dict(zip(("lr", "weight_decay", "eps"), values)), amsgrad=False, maximize=False)
+        return
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    root = math.sqrt(1 - beta2 ** (step + 1))
+    scale = v.sqrt().add_(root * eps)
+    if config["weight_decay"]:
+        w.mul_(1 - lr * decay)
+    w.addcmul_(torch.div(m, scale, out=scale), -lr * root / (1 - beta1 ** (step + 1)))
 
 
 def schedule(step, config):
