@@ -246,7 +246,7 @@ def summarize(rows, curves, widths, seeds, criterion, shared):
             continue
         fits, points = exponents_of(cells, present, criterion)
         predicted = alpha - param.max_stable_alpha(parameterization, optimizer, loss, shared["hidden_layers"], shared["trainable"])
-        if shared["model"] == "linear_net":     # what counts is the LR's growth per step, up to a width-independent bound
+        if shared["model"] == "linear_net" and shared["label_noise"]:       # then the LR's growth per step is what counts
             predicted = min(0.0, predicted + warmup_exponent)
         flags = ["one width: no exponent"] if len(present) == 1 else []
         flags += ["one seed: the interval is the grid's resolution"] if seeds == 1 else []
@@ -665,7 +665,7 @@ def main():
         if args["track"]:
             summary.update(summarize_tracks(found, tracks, curves, args["widths"], args["seeds"], base))
             print(update_table(summary["updates"]))
-        if base["model"] == "linear_net":
+        if base["model"] == "linear_net" and len(args["widths"]) > 1:
             summary["linear_net"] = linear_net_measurements(args["widths"])
         write_json(args["out"] / "summary.json", summary)
     if not args["no_plots"]:

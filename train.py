@@ -64,7 +64,8 @@ def one_of(*names):
     return Kind(str, lambda v: v in names, "one of " + ", ".join(names))
 
 
-DATASETS = {"multi_index": (100, 2), "one_sample": (1, 2), "mnist": (784, 10), "fashion_mnist": (784, 10), "cifar10": (3072, 10)}    # (D, C)
+DATASETS = {"multi_index": (100, 2), "mnist": (784, 10), "fashion_mnist": (784, 10), "cifar10": (3072, 10),
+            "one_sample": (1, 2)}    # (D, C)
 
 SETTINGS = {    # name: (default, kind, help)
     "model":         ("mlp", one_of("mlp", "linear_net"), "network"),
@@ -103,8 +104,8 @@ SETTINGS = {    # name: (default, kind, help)
 PER_REPLICA = ("lr", "seed", "param", "alpha", "weight_decay", "eps", "trainable", "readout_scale")
 # What each model fixes.
 FIXED = {"mlp": {"label_noise": 0.0},
-         "linear_net": {"data": "one_sample", "loss": "mse", "hidden_layers": 1, "dtype": "float64", "optimizer": "sgd", "momentum": 0.0,
-                        "clip": 0.0, "trainable": "all", "bias": False, "readout_scale": 1.0}}
+         "linear_net": {"data": "one_sample", "loss": "mse", "hidden_layers": 1, "activation": "identity", "dtype": "float64",
+                        "optimizer": "sgd", "momentum": 0.0, "clip": 0.0, "trainable": "all", "bias": False, "readout_scale": 1.0}}
 
 
 def configure(run):
@@ -120,9 +121,10 @@ def configure(run):
         if not (isinstance(value, kind.type) and (kind.type is not int or number) and kind.holds(value)):
             raise ValueError(f"{name} is {value!r}; it must be {kind.words}")
         config[name] = value
-    for name, value in FIXED[config["model"]].items():
-        if config[name] != value:
-            raise ValueError(f"{name} is {config[name]!r}; with --model {config['model']} it must be {value!r}")
+    wrong = {name: value for name, value in FIXED[config["model"]].items() if config[name] != value}
+    if wrong:
+        must = ", ".join(f"{name} = {value!r} (not {config[name]!r})" for name, value in wrong.items())
+        raise ValueError(f"model {config['model']} needs {must}")
     if warmup_steps(config) > config["steps"]:
         raise ValueError(f"warmup is {warmup_steps(config)}, longer than the run; it must be at most steps = {config['steps']}")
     return config
@@ -258,11 +260,11 @@ def _read_images(name, root):
 def load_data(name, root=None, device="cpu", dtype=torch.float32, train_size=20_000, val_size=1_000, data_seed=0):
     """Splits(x (N, D), y (N,), x_val, y_val, classes) on the device.
 
-    multi_index is generated: train_size and val_size samples from data_seed. one_sample is x = 1, y = 1. mnist, fashion_mnist and cifar10 are read
+    multi_index is generated: train_size and val_size samples from data_seed. mnist, fashion_mnist and cifar10 are read
     from their standard files (IDX or CIFAR-10 binary, plain or .gz) in root, else $DATA_DIR, else ./data, each with or
     without a folder of the data set's name, else where Debian's dataset-fashion-mnist puts them; absent files are
     downloaded and their MD5 checked. Pixels are shifted and scaled to the training split's mean 0 and variance 1; of
-    the test split the first val_size samples are used.
+    the test split the first val_size samples are used. one_sample is x = 1, y = 1.
 
     ValueError: unknown name, damaged files (with the path), or absent files that cannot be downloaded (with the remedy).
     """
@@ -633,7 +635,8 @@ def linear_net_rows(runs, splits, device, start):
         chosen = [r for r, run in enumerate(runs) if (run["param"], run["alpha"]) == (parameterization, alpha)]
         lr, seed, weight_decay = ([runs[r][name] for r in chosen] for name in ("lr", "seed", "weight_decay"))
         path = models.linear_net(config["width"], lr, config["steps"], parameterization, seed, alpha, config["base_width"],
-                                 splits.x.item(), splits.y.item(), weight_decay, lambda step: schedule(step, config), config["label_noise"])
+                                 splits.x.item(), splits.y.item(), weight_decay, lambda step: schedule(step, config),
+                                 config["label_noise"])
         tenth = max(1, config["steps"] // 10)
         losses = finite(path.loss[-tenth - 1:-1].mean(0).tolist())          # as elsewhere, the losses before each step
         for r, loss, step in zip(chosen, losses, path.diverged_at.tolist()):
