@@ -169,14 +169,15 @@ def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0, base_width
     b, c_in, c_out = LINEAR_NET[parameterization]
     powers = (0.5 - b, 1 - 2 * b - c_in - alpha, 1 - c_out - alpha, -c_in - c_out - 2 * alpha)
     if width == math.inf and max(powers) > 0:
-        raise ValueError(f"{parameterization} with alpha = {alpha:g} has no infinite-width limit; use alpha >= {alpha + max(powers):g}")
+        least = alpha + max(powers[1], powers[2], powers[3] / 2)
+        raise ValueError(f"{parameterization} with alpha = {alpha:g} has no infinite-width limit; use alpha >= {least:g}")
     size_f, size_v, size_u, size_p = (float(width / base_width) ** power for power in powers)
 
     lr, decay = (torch.as_tensor(value, dtype=torch.float64) for value in (lr, weight_decay))
     lr, decay, seed = torch.broadcast_tensors(lr, decay, torch.as_tensor(seed))
     seeds, of_seed = seed.unique(return_inverse=True)
     overlap, u2, v2, *noise = torch.stack([_linear_net_draw(width, s, steps) for s in seeds.tolist()], -1)[:, of_seed]
-    start = x * size_f * overlap if f0 is None else torch.as_tensor(f0, dtype=torch.float64).expand(lr.shape)
+    start = x * size_f * overlap if f0 is None else torch.as_tensor(f0, dtype=torch.float64)
     p = x * x * size_p                                              # P = x² k_u k_v
     chi = torch.full((steps + 1, *lr.shape), math.nan, dtype=torch.float64)
     ntk = chi.clone()

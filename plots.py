@@ -440,7 +440,7 @@ def linear_net(summary):
     rows = [row for row in summary["rows"] if row["max_stable_exponent"] is not None]
     for row, colour, marker in zip(rows, np.resize(COLOURS, len(rows)), np.resize(list("os^Dv"), len(rows))):
         widths, stable, unstable = (floats(row[key]) for key in ("widths", "max_stable_lr", "min_unstable_lr"))
-        label = name_of(row, rows).partition(", ")[2] + ":\n" + fitted(row, "max_stable").strip()
+        label = (name_of(row, rows).partition(", ")[2] or warmup(row)) + ":\n" + fitted(row, "max_stable").strip()
         measured_and_predicted(axes[0], widths, np.sqrt(stable * unstable), row["max_stable_exponent"],
                                row["predicted_max_stable_exponent"], colour, marker, label)
     measured = summary["linear_net"]
@@ -448,8 +448,8 @@ def linear_net(summary):
     shades = dict(zip(steps, plt.get_cmap("viridis_r")(np.linspace(0.2, 0.95, len(steps)))))
     for entry in measured["distance"]:
         plural = "s" if entry["step"] > 1 else ""
-        measured_and_predicted(axes[1], floats(entry["widths"]), geometric_mean(entry), entry["exponent"], None, shades[entry["step"]],
-                               {"mup": "o", "ntp": "s"}[entry["param"]],
+        measured_and_predicted(axes[1], floats(entry["widths"]), geometric_mean(entry), entry["exponent"], None,
+                               shades[entry["step"]], {"mup": "o", "ntp": "s"}[entry["param"]],
                                f"{NAMES[entry['param']]}, {entry['step']} step{plural}: {power(entry['exponent'])}")
     for entry, colour, marker in zip(measured["one_step"], COLOURS[3:], "os^D"):
         measured_and_predicted(axes[2], floats(entry["widths"]), geometric_mean(entry), entry["exponent"], entry["predicted"], colour,
@@ -457,8 +457,10 @@ def linear_net(summary):
                                f"(predicted {power(entry['predicted'])})")
     widths = floats(measured["distance"][0]["widths"])
     lowest = min(np.nanmin(geometric_mean(entry) * np.sqrt(widths)) for entry in measured["distance"])
-    axes[1].plot(widths, 0.4 * lowest / np.sqrt(widths), color="0.35", linestyle="--", linewidth=1.1, label=f"predicted slope {power(-0.5)}")
-    for axis, title in zip(axes, ("largest stable learning rate", "distance of f to its infinite-width limit", "|loss decrease| after one step")):
+    axes[1].plot(widths, 0.4 * lowest / np.sqrt(widths), color="0.35", linestyle="--", linewidth=1.1,
+                 label=f"predicted slope {power(-0.5)}")
+    titles = "largest stable learning rate", "distance of f to its infinite-width limit", "|loss decrease| after one step"
+    for axis, title in zip(axes, titles):
         axis.set(xscale="log", yscale="log", xlabel="width n", title=title)
         octaves(axis.xaxis, widths)
         if widths.max() > 5000:         # plain numbers would touch

@@ -293,7 +293,7 @@ def summarize(rows, curves, widths, seeds, criterion, shared):
             continue
         fits, points = exponents_of(cells, present, criterion)
         predicted = told["alpha"] - param.max_stable_alpha(told["param"], told["optimizer"], told["loss"], depth(shared), shared["trainable"])
-        if shared["model"] == "linear_net":     # what counts is the LR's growth per step, up to a width-independent bound
+        if shared["model"] == "linear_net" and shared["label_noise"]:       # then the LR's growth per step is what counts
             predicted = min(0.0, predicted + told["warmup_exponent"])
         flags = ["one width: no exponent"] if len(present) == 1 else []
         flags += ["one seed: the interval is the grid's resolution"] if seeds == 1 else []
@@ -870,7 +870,7 @@ def report(args, given, curves, rows, tracks, shared):
     if args["track"]:
         summary.update(summarize_tracks(found, tracks, curves, args["widths"], args["seeds"], shared))
         print(update_table(summary["updates"]))
-    if shared["model"] == "linear_net":
+    if shared["model"] == "linear_net" and len(args["widths"]) > 1:
         summary["linear_net"] = linear_net_measurements(args["widths"])
     write_json(args["out"] / "summary.json", summary)
 

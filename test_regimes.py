@@ -2031,7 +2031,7 @@ def test_rows_of_the_linear_net_are_its_trajectories(tmp_path):
         assert row["final_train_loss"] == (pytest.approx(path.loss[36:40].mean().item()) if last < 0 else None)
         assert row["val_loss"] is None and row["chance_loss"] == 0.5 and row["id"] == train.run_id(train.configure(run))
     assert [row["diverged_at"] is None for row in rows] == [True, True, False, False, True, True, True, True]
-    for setting, words in (({"loss": "ce"}, "must be 'mse'"), ({"optimizer": "adam"}, "must be 'sgd'")):
+    for setting, words in (({"loss": "ce"}, "needs loss = 'mse'"), ({"optimizer": "adam"}, "needs optimizer = 'sgd'")):
         with pytest.raises(ValueError, match=words):
             train.train([{**fixed, **setting}])
     with pytest.raises(ValueError, match="no modules to track"):

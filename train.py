@@ -67,7 +67,8 @@ def one_of(*names):
     return Kind(str, lambda v: v in names, "one of " + ", ".join(names))
 
 
-DATASETS = {"multi_index": (100, 2), "mnist": (784, 10), "fashion_mnist": (784, 10), "cifar10": (3072, 10), "one_sample": (1, 2)}    # (D, C)
+DATASETS = {"multi_index": (100, 2), "mnist": (784, 10), "fashion_mnist": (784, 10), "cifar10": (3072, 10),
+            "one_sample": (1, 2)}    # (D, C)
 
 SETTINGS = {    # name: (default, kind, help)
     "model":         ("mlp", one_of("mlp", "gpt", "linear_net"), "network"),
@@ -110,8 +111,9 @@ SETTINGS = {    # name: (default, kind, help)
     "seed":          (0, WHOLE, "seed of initialization and data order"),
     "dtype":         ("float32", one_of("float32", "float64", "bfloat16"), "bfloat16: float32 weights under autocast"),
 }
-FIXED = {"linear_net": {"optimizer": "sgd", "data": "one_sample", "loss": "mse", "hidden_layers": 1, "dtype": "float64", "momentum": 0.0,
-                        "clip": 0.0, "trainable": "all", "bias": False, "readout_scale": 1.0}}     # what a model leaves no choice in
+FIXED = {"linear_net": {"data": "one_sample", "loss": "mse", "hidden_layers": 1, "activation": "identity", "dtype": "float64",
+                        "optimizer": "sgd", "momentum": 0.0, "clip": 0.0, "trainable": "all", "bias": False,
+                        "readout_scale": 1.0}}     # what a model leaves no choice in
 DEFAULTS = {    # (model, optimizer): the defaults that differ there; the GPT's are the paper's
     ("gpt", "sgd"):  dict(data="stdlib", base_width=64, batch_size=8, val_size=128, decay="cosine", warmup=10),
     ("gpt", "adam"): dict(data="stdlib", base_width=64, batch_size=8, val_size=128, decay="cosine", warmup=10,
@@ -139,9 +141,10 @@ def configure(run):
         config[name] = value
     if config["batch_size"] % config["accumulate"]:
         raise ValueError(f"batch_size is {config['batch_size']}; it must be a multiple of accumulate = {config['accumulate']}")
-    for name, value in FIXED.get(config["model"], {"label_noise": 0.0}).items():
-        if config[name] != value:
-            raise ValueError(f"{name} is {config[name]!r}; with --model {config['model']} it must be {value!r}")
+    wrong = {name: value for name, value in FIXED.get(config["model"], {"label_noise": 0.0}).items() if config[name] != value}
+    if wrong:
+        must = ", ".join(f"{name} = {value!r} (not {config[name]!r})" for name, value in wrong.items())
+        raise ValueError(f"model {config['model']} needs {must}")
     if (config["model"] == "gpt") == (config["data"] in DATASETS):
         raise ValueError(f"data is {config['data']!r}; " + (f"for model {config['model']} it must be one of {', '.join(DATASETS)}"
                          if config["model"] != "gpt" else "for model gpt it must be stdlib, or a file or folder of text or tokens"))
@@ -385,10 +388,10 @@ def load_data(name, root=None, device="cpu", dtype=torch.float32, train_size=20_
     """Splits(x (N, D), y (N,), x_val, y_val, classes) on the device; for text see load_text.
 
     multi_index is generated: train_size and val_size samples from data_seed. one_sample is x = 1, y = 1, for linear_net.
-    mnist, fashion_mnist and cifar10 are read from their standard files (IDX or CIFAR-10 binary, plain or .gz) in root, else $DATA_DIR, else ./data, each with or
-    without a folder of the data set's name, else where Debian's dataset-fashion-mnist puts them; absent files are
-    downloaded and their MD5 checked. Pixels are shifted and scaled to the training split's mean 0 and variance 1; of
-    the test split the first val_size samples are used.
+    mnist, fashion_mnist and cifar10 are read from their standard files (IDX or CIFAR-10 binary, plain or .gz) in root, else
+    $DATA_DIR, else ./data, each with or without a folder of the data set's name, else where Debian's dataset-fashion-mnist
+    puts them; absent files are downloaded and their MD5 checked. Pixels are shifted and scaled to the training split's
+    mean 0 and variance 1; of the test split the first val_size samples are used.
 
     ValueError: unknown name, damaged files (with the path), or absent files that cannot be downloaded (with the remedy).
     """
@@ -865,7 +868,8 @@ def linear_net_rows(runs, splits, device, start):
         chosen = [r for r, run in enumerate(runs) if (run["param"], run["alpha"]) == (parameterization, alpha)]
         lr, seed, weight_decay = ([runs[r][name] for r in chosen] for name in ("lr", "seed", "weight_decay"))
         path = models.linear_net(config["width"], lr, config["steps"], parameterization, seed, alpha, config["base_width"],
-                                 splits.x.item(), splits.y.item(), weight_decay, lambda step: schedule(step, config), config["label_noise"])
+                                 splits.x.item(), splits.y.item(), weight_decay, lambda step: schedule(step, config),
+                                 config["label_noise"])
         tenth = max(1, config["steps"] // 10)
         losses = finite(path.loss[-tenth - 1:-1].mean(0).tolist())          # as elsewhere, the losses before each step
         for r, loss, step in zip(chosen, losses, path.diverged_at.tolist()):
