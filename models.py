@@ -110,7 +110,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin):
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)              # (B, T, H, K)
-        q, k = rotate(self.norm_q(q), cos, sin), rotate(self.norm_k(k), cos, sin)
+        q, k = rotate(self.norm_q(q), cos, sin).type_as(v), rotate(self.norm_k(k), cos, sin).type_as(v)     # autocast's norms are float32
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                   # (B, H, T, K)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.proj(x.transpose(1, 2).flatten(2))                                      # (B, T, D)

@@ -507,12 +507,19 @@ def draw(out, only=None):
     unknown = [name for name in only or () if name not in FIGURES]
     if unknown:
         raise ValueError(f"unknown figure {unknown[0]!r}; choose from {', '.join(FIGURES)}")
-    summary, folder, written = json.loads(path.read_text()), Path(out) / "figures", []
+    try:
+        summary, folder, written = json.loads(path.read_text()), Path(out) / "figures", []
+        drawable = [name for name, (_, possible) in FIGURES.items() if possible(summary)]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged; the sweep's command writes it again from its rows, and runs nothing twice") from None
+    hidden = [name for name in only or () if name not in drawable]
+    if hidden:
+        raise ValueError(f"figure {hidden[0]!r} cannot be drawn from {path}, only {', '.join(drawable) or 'none'}")
     folder.mkdir(exist_ok=True)
-    for name, (function, possible) in FIGURES.items():
-        if possible(summary) and (not only or name in only):
+    for name in drawable:
+        if not only or name in only:
             with plt.rc_context(STYLE):
-                figure = function(summary)
+                figure = FIGURES[name][0](summary)
                 for ending in ("png", "pdf"):
                     written.append(folder / f"{name}.{ending}")
                     figure.savefig(written[-1])

@@ -12,7 +12,6 @@ started again goes on. `summarize` then needs nothing but those rows.
     max-stable LR    end of the contiguous stable range above the optimum: a bracket, and its geometric mean
     lattice          LRs are step^k for whole k, so grids of different widths, and extended grids, share their points
 """
-import contextlib
 import datetime
 import fcntl
 import functools
@@ -144,22 +143,31 @@ def read_rows(out, files="runs*.jsonl", mend=True):
 
 def write_json(path, value):
     """Writes whole or not at all."""
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    with train.whole_file(path) as file:
+        file.write((json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def open_folder(out, fixed):
-    """Checks that out holds runs of the same fixed settings, if any, and returns a lock on it: close it to let go."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = open(out / "runs.jsonl", "a")
+def rows_file(kind, rank):
+    """The file into which a rank of torchrun writes its rows; rank 0's is that of a sweep without torchrun."""
+    return f"{kind}-rank{rank}.jsonl" if rank else f"{kind}.jsonl"
+
+
+def open_folder(out, fixed, rank=0):
+    """Checks that out holds runs of the same fixed settings, if any, and returns a lock on this rank's file: close it to let go."""
+    train.make_folder(out)
+    file = open(out / rows_file("runs", rank), "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another sweep is writing to {out}; wait for it, or use another --out") from None
+    if rank:
+        return file
     config = out / "config.json"
-    if config.exists():
-        before = json.loads(config.read_text())
+    if any(path.stat().st_size for path in out.glob("runs*.jsonl")) and config.exists():       # a folder without rows contradicts nothing
+        try:
+            before = dict(json.loads(config.read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f"{config} is damaged; remove it, if the rows beside it are of this sweep, or use another --out") from None
         changed = [name for name in fixed if name in before and before[name] != fixed[name]]
         if changed:
             raise ValueError(f"{out} holds runs with {changed[0]} = {before.get(changed[0])!r}, not {fixed[changed[0]]!r}; "
@@ -287,10 +295,10 @@ def summarize(rows, curves, widths, seeds, criterion, shared):
     summary = []
     for curve in curves:
         told = dict(zip(CURVE, curve))
-        cells = [cell_of(rows, curve, width, seeds) for width in widths]
-        cells, present = zip(*[(cell, width) for cell, width in zip(cells, widths) if len(cell["lr"])] or [((), ())])
-        if not cells:
+        found = [(cell, width) for width in widths if len((cell := cell_of(rows, curve, width, seeds))["lr"])]
+        if not found:
             continue
+        cells, present = zip(*found)
         fits, points = exponents_of(cells, present, criterion)
         predicted = told["alpha"] - param.max_stable_alpha(told["param"], told["optimizer"], told["loss"], depth(shared), shared["trainable"])
         if shared["model"] == "linear_net" and shared["label_noise"]:       # then the LR's growth per step is what counts
@@ -556,7 +564,7 @@ def wanted(known, low, high, search, extensions, hint=None):
 
 def run_grid(args, given, curves, device, rows, tracks, team, splits=None):
     """Runs what is missing, in rounds over all widths, and appends each stack's rows to the files and to rows and tracks."""
-    report, name = progress_line(args, given, curves, rows), "" if team.rank == 0 else f"-rank{team.rank}"
+    report = progress_line(args, given, curves, rows)
     while missing := missing_runs(args, given, curves, rows):
         for stack in team.share(train.stacks(missing, device, args["stack"], team.size)):
             if splits is None:
@@ -564,8 +572,8 @@ def run_grid(args, given, curves, device, rows, tracks, team, splits=None):
             tracked = []
             done = train_or_halve(stack, splits, device, args["track"], tracked)
             if tracked:         # first, so that a run whose row is there is tracked; a reader takes the newer of two
-                train.append_rows(args["out"] / f"track{name}.jsonl", tracked)
-            train.append_rows(args["out"] / f"runs{name}.jsonl", done)
+                train.append_rows(args["out"] / rows_file("track", team.rank), tracked)
+            train.append_rows(args["out"] / rows_file("runs", team.rank), done)
             rows.update((key_of(row), row) for row in done)
             tracks.update((key_of(row), row) for row in tracked)
             report(stack[0]["width"])
@@ -591,11 +599,13 @@ def missing_runs(args, given, curves, rows):
                    if train.run_id(run) not in rows]
             missing += new
             if args["search"] != "grid" and not args["lrs"]:
-                if not search({}) <= done.keys():
+                if new and not search({}) <= done.keys():
                     break           # wider nets wait for this one's first points, which tell where to look
+                if not search({}) <= done.keys():
+                    continue        # failed runs left holes in it: no hint from here
                 known = shown(cell, done, search({}), args["criterion"])
                 stable = [k for k in known if known[k][1]]
-                if points and not stable:
+                if new and not stable:
                     break
                 best = min(known, key=lambda k: known[k][0])
                 hint = best, max(stable, default=best)
@@ -728,9 +738,12 @@ def criterion(text):
     if name not in CRITERIA:
         raise ValueError(f"stable-if is {text!r}; choose from {', '.join(CRITERIA)}, with =X for another threshold")
     try:
-        return name, float(x) if x else CRITERIA[name][0]
+        threshold = float(x) if x else CRITERIA[name][0]
     except ValueError:
-        raise ValueError(f"stable-if is {text!r}; the part behind = must be a number") from None
+        threshold = math.nan
+    if not math.isfinite(threshold):
+        raise ValueError(f"stable-if is {text!r}; the part behind = must be a number")
+    return name, threshold
 
 
 def parse(argv=None):
@@ -771,18 +784,23 @@ def parse(argv=None):
         raise ValueError(f"seeds is {args['seeds']}; it must be at least 1")
     if args["track"] < 0:
         raise ValueError(f"track is {args['track']}; it must be at least 0")
-    if not 1 < args["lr_step"] <= 1000:
-        raise ValueError(f"lr-step is {args['lr_step']}; it must be a number above 1, and at most 1000")
+    if not 1.01 <= args["lr_step"] <= 1000:
+        raise ValueError(f"lr-step is {args['lr_step']}; it must be a number from 1.01 to 1000")
+    if chosen.lrs and chosen.lr_range:
+        raise ValueError(f"lrs is {chosen.lrs} and lr-range is {chosen.lr_range}; give one of them")
     if args["lr_range"] and not 1e-30 < args["lr_range"][0] < args["lr_range"][1] < 1e30:
         raise ValueError(f"lr-range is {args['lr_range']}; it must be two positive numbers, the lower one first, within 1e-30 and 1e30")
-    if args["stack"] != "auto" and not (args["stack"].isdigit() and int(args["stack"])):
+    if args["stack"] != "auto" and not (args["stack"].isdecimal() and int(args["stack"])):
         raise ValueError(f"stack is {args['stack']!r}; it must be auto or a whole number, at least 1")
     args["stack"] = args["stack"] if args["stack"] == "auto" else int(args["stack"])
     args["search"] = "grid" if args["lrs"] else args["search"]
     given = {name: args[name] for name in train.SETTINGS if name not in GRID and args[name] is not None}
+    given["width"] = args["widths"][0]      # the default may be no multiple of --head-dim
     curves = curves_of(args, given)
     for curve, width, lr in itertools.product(curves, args["widths"], args["lrs"] or [1.0]):
         runs_of(given, curve, width, lr, 1)
+    for width in args["widths"]:
+        train.build(*runs_of(given, curves[0], width, 1.0, 1))
     return args, given, curves
 
 
@@ -833,8 +851,7 @@ def main():
     if args["dry_run"]:
         return dry_run(args, given, curves, device)
     team, shared = Team(), shared_settings(given, curves)
-    lock = open_folder(args["out"], {**shared, "track": args["track"]}) if team.rank == 0 else contextlib.nullcontext()
-    with lock:
+    with open_folder(args["out"], {**shared, "track": args["track"]}, team.rank):
         found = read_rows(args["out"]) if team.rank == 0 else {}
         rows = {key: row for key, row in found.items() if all(row.get(name) == shared[name] for name in shared)}
         tracks = read_rows(args["out"], "track*.jsonl") if args["track"] and team.rank == 0 else {}
@@ -844,8 +861,7 @@ def main():
         try:
             run_grid(args, given, curves, device, rows, tracks, team, splits)
         except KeyboardInterrupt:
-            print(f"\ninterrupted: {len(rows)} finished runs are kept in {args['out']}; the same command goes on", file=sys.stderr)
-            raise
+            raise KeyboardInterrupt(f"interrupted: {len(rows)} finished runs are kept in {args['out']}; the same command goes on") from None
         print(file=sys.stderr)
         if team.rank != 0:
             return
@@ -866,7 +882,10 @@ def report(args, given, curves, rows, tracks, shared):
                **{name: shared[name] for name in ("model", "data", "hidden_layers", "layers", "steps", "base_width")}, "rows": []}
     if len(args["lrs"] or "") != 1:         # one LR alone has no optimum and no edge
         summary["rows"] = summarize(found, curves, args["widths"], args["seeds"], args["criterion"], shared)
-        print(table(summary["rows"]))
+        print(table(summary["rows"]) if summary["rows"] else "No results.")
+        for curve in curves:
+            if not any(tuple(row[name] for name in CURVE) == curve for row in summary["rows"]):
+                print(f"! {' '.join(map(str, curve[:3]))}: every run was out of memory; use smaller widths or batches")
     if args["track"]:
         summary.update(summarize_tracks(found, tracks, curves, args["widths"], args["seeds"], shared))
         print(update_table(summary["updates"]))

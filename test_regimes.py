@@ -6,15 +6,20 @@ skipped where that is absent). Behaviour checks measure a regime, and show that 
 import contextlib
 import copy
 import gzip
+import hashlib
+import http.server
 import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import struct
 import subprocess
 import sys
+import tarfile
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -1217,6 +1222,79 @@ def test_a_tracked_sweep_sets_measured_exponents_beside_predicted_ones(tmp_path)
     ("train.py", ["--device", "cuda:99"], "not there"),
     ("train.py", ["--seed", "x"], "invalid int"),
     ("plots.py", ["/nonexistent"], "run python sweep.py"),
+    ("plots.py", [], "usage: python plots.py"),
+    ("sweep.py", ["--widths"], "--widths: expected at least one"),
+    ("sweep.py", ["--widths", "8", "-8"], "width is -8"),
+    ("sweep.py", ["--widths", "99999999999999999999"], "from 1 to 2^31 - 1"),
+    ("sweep.py", ["--widths", "nan"], "--widths: invalid int"),
+    ("sweep.py", ["--widths", "2000000000"], "out of memory; use a smaller width"),
+    ("sweep.py", ["--base-width", "0"], "base_width is 0"),
+    ("sweep.py", ["--seeds", "-1"], "seeds is -1"),
+    ("sweep.py", ["--seeds", "two"], "--seeds: invalid int"),
+    ("sweep.py", ["--lrs", "0"], "lr is 0.0; it must be a positive number"),
+    ("sweep.py", ["--lrs", "inf"], "lr is inf"),
+    ("sweep.py", ["--lrs", "tenth"], "--lrs: invalid float"),
+    ("sweep.py", ["--lrs", "0.1", "--lr-range", "0.1", "1"], "give one of them"),
+    ("sweep.py", ["--lr-range", "nan", "1"], "lr-range is [nan, 1.0]"),
+    ("sweep.py", ["--lr-range", "0", "1"], "two positive numbers"),
+    ("sweep.py", ["--lr-range", "1"], "--lr-range: expected 2"),
+    ("sweep.py", ["--lr-step", "1.0000000000000002"], "from 1.01 to 1000"),
+    ("sweep.py", ["--lr-step", "nan"], "lr-step is nan"),
+    ("sweep.py", ["--lr-step", "inf"], "lr-step is inf"),
+    ("sweep.py", ["--stable-if", "chance=nan"], "must be a number"),
+    ("sweep.py", ["--stack", "0"], "stack is '0'; it must be auto or a whole number"),
+    ("sweep.py", ["--stack", "²"], "stack is '²'; it must be auto or a whole number"),
+    ("sweep.py", ["--scale", "gpu"], "choose from 'cpu', 'paper'"),
+    ("sweep.py", ["--optimizer", "lion"], "one of sgd, adam"),
+    ("sweep.py", ["--model", "resnet"], "one of mlp, gpt"),
+    ("sweep.py", ["--trainable", "nothing"], "one of all, readout"),
+    ("sweep.py", ["--activation", "gelu"], "activation is 'gelu'"),
+    ("sweep.py", ["--dtype", "float16"], "one of float32"),
+    ("sweep.py", ["--decay", "linear"], "one of none, cosine"),
+    ("sweep.py", ["--hidden-layers", "0"], "hidden_layers is 0"),
+    ("sweep.py", ["--alpha", "5000"], "a number from -10 to 10"),
+    ("sweep.py", ["--alpha", "nan"], "alpha is nan"),
+    ("sweep.py", ["--device", "cpu:"], "choose auto, cpu, cuda"),
+    ("sweep.py", ["--device", "cuda:x"], "choose auto, cpu, cuda"),
+    ("sweep.py", ["--track", "often"], "--track: invalid int"),
+    ("sweep.py", ["--wdiths", "8"], "unrecognized arguments: --wdiths"),
+    ("sweep.py", ["--loss", "ce", "hinge"], "loss is 'hinge'"),
+    ("sweep.py", ["--data", ""], "data is ''"),
+    ("sweep.py", ["--model", "gpt", "--widths", "32", "48"], "width is 48; for model gpt it must be a multiple of head_dim = 32"),
+    ("sweep.py", ["--model", "gpt", "--base-width", "40"], "base_width is 40; for model gpt it must be a multiple"),
+    ("sweep.py", ["--model", "gpt", "--head-dim", "12", "--widths", "24", "--base-width", "24", "--val-size", "1"], "choose 8, 16, 32"),
+    ("sweep.py", ["--model", "gpt", "--data", "mnist"], "a file or folder of text"),
+    ("sweep.py", ["--model", "gpt", "--data", "nowhere.txt"], "no file or folder; choose stdlib"),
+    ("train.py", ["--model", "gpt", "--context", "0"], "context is 0"),
+    ("train.py", ["--model", "gpt", "--layers", "0"], "layers is 0"),
+    ("train.py", ["--model", "gpt", "--head-dim", "0"], "head_dim is 0"),
+    ("train.py", ["--model", "gpt", "--context", "99999999"], "context 99999999 needs more"),
+    ("train.py", ["--model", "gpt", "--vocab-size", "100"], "outside the vocabulary of 100"),
+    ("train.py", ["--model", "gpt", "--vocab-size", "-1"], "vocab_size is -1"),
+    ("train.py", ["--widths", "8"], "unrecognized arguments: --widths"),
+    ("train.py", ["--steps", "1e3"], "--steps: invalid int"),
+    ("train.py", ["--steps", "2000000000", "--batch-size", "20000"], "out of memory; use a smaller width, batch size, number of steps"),
+    ("train.py", ["--lr", "0"], "lr is 0.0"),
+    ("train.py", ["--batch-size", "0"], "batch_size is 0"),
+    ("train.py", ["--batch-size", "64", "--accumulate", "3"], "a multiple of accumulate = 3"),
+    ("train.py", ["--accumulate", "0"], "accumulate is 0"),
+    ("train.py", ["--train-size", "0"], "train_size is 0"),
+    ("train.py", ["--val-size", "0"], "val_size is 0"),
+    ("train.py", ["--seed", "-1"], "seed is -1"),
+    ("train.py", ["--seed", "9223372036854775807"], "seed is 9223372036854775807"),
+    ("train.py", ["--data-seed", "-1"], "data_seed is -1"),
+    ("train.py", ["--weight-decay", "-0.1"], "weight_decay is -0.1"),
+    ("train.py", ["--clip", "nan"], "clip is nan"),
+    ("train.py", ["--beta1", "1"], "beta1 is 1.0"),
+    ("train.py", ["--beta2", "-1"], "beta2 is -1.0"),
+    ("train.py", ["--eps", "0"], "eps is 0.0"),
+    ("train.py", ["--warmup", "-1"], "warmup is -1"),
+    ("train.py", ["--readout-scale", "-1"], "readout_scale is -1.0"),
+    ("train.py", ["--checkpoint", "5"], "--out DIR"),
+    ("train.py", ["--checkpoint", "-1"], "checkpoint is -1"),
+    ("train.py", ["--out", "/dev/null/x"], "cannot be made a folder"),
+    ("train.py", ["--out", "/proc/x"], "cannot be made a folder"),
+    ("train.py", ["--device", "gpu"], "choose auto, cpu, cuda"),
 ])
 def test_bad_input_ends_with_one_line_and_exit_code_2(script, flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1238,6 +1316,527 @@ def test_a_contradicting_or_damaged_result_folder_is_refused(swept, tmp_path):
     (tmp_path / "runs.jsonl").write_text("{}\n")
     done = run_script("sweep.py", *TINY, "--out", tmp_path)
     assert done.returncode == 2 and "runs.jsonl:1" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Faults: text files, downloads, cut files, memory, interruptions. Those that need processes to kill: .ci/test_faults.py
+
+def write_bin(path, tokens, shard=False, magic=20240520, version=1, count=None):
+    """A .bin file of uint16 tokens: nanoGPT's, or with llm.c's header."""
+    header = struct.pack("<256i", magic, version, len(tokens) if count is None else count, *[0] * 253) if shard else b""
+    path.write_bytes(header + np.asarray(tokens, "<u2").tobytes())
+
+
+def tokens_of(splits):
+    """The whole training stream, read as windows of one token."""
+    return splits.x.windows(torch.arange(len(splits.x)), 1).flatten().numpy()
+
+
+def test_windows_of_a_text_file_are_slices_of_its_bytes_and_its_last_tenth_validates(tmp_path):
+    content = np.random.default_rng(0).integers(0, 256, 1003, dtype=np.uint8)
+    content.tofile(tmp_path / "text")
+    splits = train.load_text(str(tmp_path / "text"), context=8, val_size=7)
+    assert splits.classes == 256 and (tokens_of(splits) == content[:903]).all()
+    starts = torch.tensor([[0, 5], [894, 17]])
+    assert (splits.x.windows(starts, 9).numpy() == [[content[s:s + 9] for s in row] for row in starts.tolist()]).all()
+    val_starts = [int(s) for s in torch.linspace(0, 100 - 9, 7).long()]
+    assert (splits.x_val.numpy() == [content[903 + s:903 + s + 8] for s in val_starts]).all()
+    assert (splits.y_val.numpy() == [content[903 + s + 1:903 + s + 9] for s in val_starts]).all()
+
+
+def test_of_a_folder_of_text_every_tenth_file_validates_and_windows_run_across_files(tmp_path):
+    texts = [bytes([65 + i]) * (3 + i) for i in range(21)]
+    (tmp_path / "b").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / ("b" if i > 12 else "") / f"{i:02}.txt").write_bytes(text)
+    (tmp_path / ".hidden").write_bytes(b"not read"), (tmp_path / "07.empty").write_bytes(b"")
+    splits = train.load_text(str(tmp_path), context=4)
+    stream = np.frombuffer(b"".join(text for i, text in enumerate(texts) if i not in (9, 19)), np.uint8)
+    assert (tokens_of(splits) == stream).all() and len(splits.x) == len(stream)
+    windows = splits.x.windows(torch.arange(len(stream) - 19), 20).numpy()          # most span several files
+    assert (windows == np.lib.stride_tricks.sliding_window_view(stream, 20)).all()
+    assert set(splits.x_val.flatten().tolist()) == {65 + 9, 65 + 19}
+
+
+def test_windows_run_across_shards_and_the_vocabulary_is_found_given_or_refused(tmp_path):
+    generator = np.random.default_rng(1)
+    shards = [generator.integers(0, 5000, size) for size in (40, 0, 3, 200)]
+    for i, tokens in enumerate(shards):
+        write_bin(tmp_path / f"fineweb_train_{i:06}.bin", tokens, shard=True)
+    write_bin(tmp_path / "fineweb_val_000000.bin", [4999, *range(60)], shard=True)
+    splits, stream = train.load_text(str(tmp_path), context=16), np.concatenate(shards)
+    assert splits.classes == 5000 and (tokens_of(splits) == stream).all()
+    windows = splits.x.windows(torch.arange(len(stream) - 16), 17).numpy()
+    assert (windows == np.lib.stride_tricks.sliding_window_view(stream, 17)).all()
+    assert train.load_text(str(tmp_path), context=16, vocab_size=50304).classes == 50304
+    with pytest.raises(ValueError, match="outside the vocabulary of 4999; give --vocab-size, or 0"):
+        train.load_text(str(tmp_path), context=16, vocab_size=4999)
+    small = train.load_text(str(tmp_path), context=16, vocab_size=5000)
+    small.x.vocabulary = int(stream.max())          # a token that only the training files hold
+    with pytest.raises(ValueError, match=f"token {stream.max()} in .*fineweb_train"):
+        tokens_of(small)
+
+
+def test_a_nanogpt_bin_file_is_uint16_without_a_header(tmp_path):
+    tokens = np.random.default_rng(2).integers(0, 50257, 500)
+    write_bin(tmp_path / "train.bin", tokens)
+    write_bin(tmp_path / "val.bin", tokens[:50])
+    splits = train.load_text(str(tmp_path), context=8)
+    assert (tokens_of(splits) == tokens).all() and splits.classes == tokens.max() + 1
+    assert (train.load_text(str(tmp_path / "train.bin"), context=8).x.windows(torch.tensor([3]), 8).numpy() == tokens[3:11]).all()
+    counts = np.bincount(tokens, minlength=splits.classes) / 500
+    assert np.allclose(splits.x.frequencies.numpy(), counts) and train.chance_loss("ce", splits.x, splits.classes) == pytest.approx(
+        -(counts[counts > 0] * np.log(counts[counts > 0])).sum())
+
+
+@pytest.mark.parametrize("name", ["text", "tokens.bin"])
+def test_of_a_file_larger_than_memory_only_the_windows_asked_for_are_read(tmp_path, name):
+    with open(tmp_path / name, "wb") as file:       # sparse: it takes no room on the disk, but would in memory
+        file.truncate(2 ** 40)
+        file.seek(2 ** 39)
+        file.write(np.arange(64, dtype="u1" if name == "text" else "<u2").tobytes())
+    splits = train.load_text(str(tmp_path / name), context=32, vocab_size=256)
+    start = 2 ** 39 if name == "text" else 2 ** 38
+    assert (splits.x.windows(torch.tensor([start]), 64).numpy() == np.arange(64)).all()
+    assert train.chance_loss("ce", splits.x, 256) == 0.0        # of the first 16M tokens, all zero
+
+
+def test_at_one_seed_every_width_and_lr_reads_the_same_tokens(monkeypatch):
+    seen, windows = {}, train.Tokens.windows
+    for width, lr, seed in ((8, 0.1, 0), (16, 0.1, 0), (8, 0.3, 0), (8, 0.1, 1)):
+        config = train.configure(dict(TINY_GPT, width=width, lr=lr, seed=seed))
+        splits, read = train.load_splits(config, None, "cpu"), seen.setdefault((width, lr, seed), [])
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Tokens, "windows", lambda self, starts, length: read.append(starts.tolist()) or windows(self, starts, length))
+            train.train([config], splits)
+    assert len(seen[8, 0.1, 0]) == TINY_GPT["steps"]
+    assert seen[8, 0.1, 0] == seen[16, 0.1, 0] == seen[8, 0.3, 0] != seen[8, 0.1, 1]
+
+
+TINY_GPT = dict(model="gpt", width=16, base_width=8, head_dim=8, layers=1, context=8, steps=7, batch_size=4, val_size=4, warmup=2, lr=0.1,
+                data=__file__)
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    """A web server on the loopback, serving files[name]; of those in `cut` it sends half and hangs up."""
+    files, cut = {}, set()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.rpartition("/")[2]
+            if name not in files:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(files[name])))
+            self.end_headers()
+            self.wfile.write(files[name][:len(files[name]) // 2] if name in cut else files[name])
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("no_proxy", "*")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+
+        def publish(name, packed, md5=None, url=url):
+            files.update(packed)
+            sums = {file: md5 or hashlib.md5(content).hexdigest() for file, content in packed.items()}
+            monkeypatch.setitem(train._FILES, name, (train._FILES[name][0], url, sums, ()))
+        yield SimpleNamespace(publish=publish, cut=cut)
+        server.shutdown()
+
+
+def zipped_mnist(folder):
+    folder.mkdir()
+    write_mnist(folder, zipped=True)
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def archive(members):
+    """A .tar.gz of (TarInfo or name, bytes)."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for info, content in members:
+            info = tarfile.TarInfo(info) if isinstance(info, str) else info
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return packed.getvalue()
+
+
+def link(name, target, kind):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_downloads_with_the_right_checksum_are_used_and_kept(tmp_path, mirror):
+    mirror.publish("mnist", zipped_mnist(tmp_path / "source"))
+    first = train.load_data("mnist", tmp_path / "data")
+    mirror.publish("mnist", {}, url="http://127.0.0.1:1/")      # not asked again
+    assert torch.equal(first.x, train.load_data("mnist", tmp_path / "data").x)
+    assert sorted(path.name for path in (tmp_path / "data").rglob("*.*")) == sorted(f"{name}.gz" for name in train._IDX)
+
+
+@pytest.mark.parametrize("fault, words", [("wrong checksum", "has MD5"), ("cut", "IncompleteRead"), ("refused", "refused"), ("absent", "404")])
+def test_a_failed_download_leaves_one_line_and_no_file(tmp_path, mirror, fault, words):
+    files = zipped_mnist(tmp_path / "source")
+    mirror.publish("mnist", {} if fault == "absent" else files, "0" * 32 if fault == "wrong checksum" else None,
+                   **({"url": "http://127.0.0.1:1/"} if fault == "refused" else {}))
+    if fault == "cut":
+        mirror.cut.update(files)
+    if fault == "absent":
+        train._FILES["mnist"][2].update(dict.fromkeys(files, "0" * 32))
+    done = run_script("train.py", "--data", "mnist", "--data-dir", tmp_path / "data")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr and "--data-dir" in done.stderr, done.stderr
+    assert not list((tmp_path / "data").rglob("*.*"))
+
+
+def test_a_hostile_archive_writes_nothing_outside_its_folder_and_is_never_unpickled(tmp_path, mirror, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    secret, record = tmp_path / "secret", np.full(3073, 7, np.uint8).tobytes()
+    secret.write_bytes(record)
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "executed"), "w")
+
+    hostile = [("../../evil", b"x"), (str(tmp_path / "absolute"), b"x"), ("data_batch_1", pickle.dumps(Evil())),
+               (link("data_batch_2.bin", str(secret), tarfile.SYMTYPE), b""), (link("data_batch_3.bin", "../../secret", tarfile.LNKTYPE), b""),
+               (link("x/test_batch.bin", "/dev/zero", tarfile.CHRTYPE), b"")]
+    good = [(f"../cifar/{name}", record) for name in train._CIFAR]      # known by name: kept, in the folder
+    mirror.publish("cifar10", {"cifar-10-binary.tar.gz": archive(hostile + good)})
+    splits = train.load_data("cifar10", tmp_path / "a" / "b" / "data")
+    assert splits.x.shape == (5, 3072) and splits.y.tolist() == [7] * 5
+    here = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if not path.is_dir()}
+    assert here == {"secret", *(f"a/b/data/cifar10/{name}" for name in train._CIFAR)}
+    assert not any(path.is_symlink() for path in tmp_path.rglob("*")) and not (tmp_path / "executed").exists()
+    mirror.publish("cifar10", {"cifar-10-binary.tar.gz": archive(hostile)})
+    done = run_script("train.py", "--data", "cifar10", "--data-dir", tmp_path / "c")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "data_batch_1.bin" in done.stderr, done.stderr
+
+
+def test_a_last_line_cut_at_any_byte_is_dropped_with_a_word_and_the_rows_before_it_stay(swept, tmp_path, capsys):
+    lines = (swept[0] / "runs.jsonl").read_bytes().splitlines(keepends=True)[:2]
+    content, ids, path = b"".join(lines), [json.loads(line)["id"] for line in lines], tmp_path / "runs.jsonl"
+    for cut in range(len(content) + 1):
+        path.write_bytes(content[:cut])
+        rows, whole = list(sweep.read_rows(tmp_path)), content[:cut].count(b"\n")
+        kept = b"".join(lines[:whole])
+        assert rows == ids[:whole] and path.read_bytes() == kept
+        assert ("dropped a half-written last line" in capsys.readouterr().err) == (len(kept) < cut)
+
+
+@pytest.mark.parametrize("garbage", [b"\x00" * 30, b"{", b"[1]", b"null", b"", b"\xff\xfe", b'{"id": 1', b'"id"', b'{"lr": 0.1}'])
+def test_garbage_between_rows_is_refused_with_its_file_and_line(swept, tmp_path, garbage):
+    first, second = (swept[0] / "runs.jsonl").read_bytes().splitlines(keepends=True)[:2]
+    (tmp_path / "runs-rank1.jsonl").write_bytes(first + garbage + b"\n" + second)
+    with pytest.raises(ValueError, match="runs-rank1.jsonl:2 is not a result row; remove that line"):
+        sweep.read_rows(tmp_path)
+    assert (tmp_path / "runs-rank1.jsonl").read_bytes() == first + garbage + b"\n" + second
+
+
+FEW = [*TINY[:TINY.index("--lr-range")], "--lrs", "0.1", "0.2", "0.4", "--loss", "ce", "--steps", "8", "--no-plots"]
+
+def first_bytes(path, count):
+    path.write_bytes(path.read_bytes()[:count])
+
+
+def mnist(spoil, zipped=False):
+    def prepare(folder, _):
+        write_mnist(folder, zipped=zipped)
+        spoil(folder)
+        return "train.py", ["--data", "mnist", "--data-dir", folder]
+    return prepare
+
+
+def cifar(size=3, label=3, without=None):
+    def prepare(folder, _):
+        for name in train._CIFAR:
+            (folder / name).write_bytes(bytes([label, *bytes(3072)]) * size)
+        if without:
+            (folder / without).unlink()
+        else:
+            first_bytes(folder / "data_batch_5.bin", 3073 * size - 5 * (label == 3))
+        return "sweep.py", ["--data", "cifar10", "--data-dir", folder, "--out", folder]
+    return prepare
+
+
+def text(write, *flags, data=""):
+    def prepare(folder, _):
+        write(folder)
+        return "train.py", ["--model", "gpt", "--context", "32", "--data", folder / data, *flags]
+    return prepare
+
+
+def shard(**header):
+    def write(folder):
+        write_bin(folder / "a_train.bin", range(100), shard=True, **header)
+        write_bin(folder / "a_val.bin", range(100), shard=True)
+    return write
+
+
+def result_folder(spoil, script="sweep.py", *flags):
+    """A finished sweep, spoiled."""
+    def prepare(folder, out):
+        for name in ("config.json", "runs.jsonl", "summary.json"):
+            (folder / name).write_bytes((out / name).read_bytes())
+        spoil(folder)
+        return script, [folder, *flags] if script == "plots.py" else [*TINY, "--out", folder, *flags]
+    return prepare
+
+
+def checkpoint(spoil):
+    """A run of which only a spoiled checkpoint is left."""
+    def prepare(folder, _):
+        config = train.configure(dict(width=8, steps=4, train_size=100))
+        path = folder / f"checkpoint-{train.run_id(config)}.pt"
+        train.train([config], checkpoint=path, every=2)
+        spoil(path)
+        return "train.py", ["--width", 8, "--steps", 4, "--train-size", 100, "--out", folder, "--checkpoint", 2]
+    return prepare
+
+
+class Boom:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+DAMAGED_FILES = {
+    "idx truncated": (mnist(lambda d: truncate(d / "train-images-idx3-ubyte")), "where its header says"),
+    "idx empty": (mnist(lambda d: (d / "train-images-idx3-ubyte").write_bytes(b"")), "magic 0x803"),
+    "idx header cut": (mnist(lambda d: first_bytes(d / "train-images-idx3-ubyte", 9)), "magic 0x803"),
+    "idx of labels for images": (mnist(lambda d: (d / "train-labels-idx1-ubyte").replace(d / "train-images-idx3-ubyte")), "magic 0x803|offline"),
+    "idx too long": (mnist(lambda d: (d / "t10k-labels-idx1-ubyte").write_bytes((d / "t10k-labels-idx1-ubyte").read_bytes() + b"x")), "where its header"),
+    "idx without images": (mnist(lambda d: write_mnist(d, images=np.zeros((0, 28, 28), np.uint8), labels=np.zeros(0, np.uint8))), "0 images"),
+    "idx labels out of range": (mnist(lambda d: write_mnist(d, np.zeros((9, 28, 28), np.uint8), np.full(9, 10, np.uint8))), "classes 0 to 9"),
+    "idx of other images": (mnist(lambda d: write_mnist(d, np.zeros((9, 8, 8), np.uint8), np.zeros(9, np.uint8))), "784 values"),
+    "idx counts differ": (mnist(lambda d: write_mnist(d, labels=np.zeros(9, np.uint8))), "30 images but 9 labels"),
+    "idx is a folder": (mnist(lambda d: [(d / "train-images-idx3-ubyte").unlink(), (d / "train-images-idx3-ubyte").mkdir()]), "directory"),
+    "idx missing": (mnist(lambda d: (d / "t10k-labels-idx1-ubyte").unlink()), "put train-images"),
+    "gz truncated": (mnist(lambda d: truncate(d / "train-images-idx3-ubyte.gz"), True), "is damaged"),
+    "gz no gz": (mnist(lambda d: (d / "train-images-idx3-ubyte.gz").write_bytes(b"plain"), True), "is damaged"),
+    "gz garbled": (mnist(lambda d: (d / "train-images-idx3-ubyte.gz").write_bytes((d / "train-images-idx3-ubyte.gz").read_bytes()[:99] + bytes(99)), True), "damaged"),
+    "gz empty": (mnist(lambda d: (d / "train-images-idx3-ubyte.gz").write_bytes(b""), True), "magic 0x803"),
+    "cifar truncated": (cifar(), "no multiple of 3073"),
+    "cifar empty": (cifar(size=0, label=0), "no multiple of 3073"),
+    "cifar labels out of range": (cifar(label=10), "classes 0 to 9"),
+    "cifar missing": (cifar(without="test_batch.bin"), "put data_batch_1.bin"),
+    "text empty": (text(lambda d: (d / "a").write_bytes(b""), data="a"), "0 tokens to train on"),
+    "text too short": (text(lambda d: (d / "a").write_bytes(b"abc" * 11), data="a"), "30 tokens to train on; context 32 needs more"),
+    "text folder empty": (text(lambda d: None), "0 tokens to train on"),
+    "text folder of one file": (text(lambda d: (d / "a").write_bytes(b"abc" * 1000)), "every tenth text file validates"),
+    "text vocabulary": (text(lambda d: (d / "a").write_bytes(b"abc" * 1000), "--vocab-size", "99", data="a"), "outside the vocabulary of 99"),
+    "bin odd": (text(lambda d: (d / "a.bin").write_bytes(bytes(1001)), data="a.bin"), "has an even number"),
+    "bin empty": (text(lambda d: (d / "a.bin").write_bytes(b""), data="a.bin"), "0 tokens to train on"),
+    "bin vocabulary": (text(lambda d: write_bin(d / "a.bin", range(1000)), "--vocab-size", "900", data="a.bin"), "outside the vocabulary of 900"),
+    "shard truncated": (text(lambda d: [shard()(d), truncate(d / "a_train.bin")]), "count bytes"),
+    "shard too long": (text(shard(count=90)), "count bytes"),
+    "shard header cut": (text(lambda d: [shard()(d), first_bytes(d / "a_train.bin", 100)]), "count bytes"),
+    "shard of another version": (text(shard(version=2)), "count bytes"),
+    "shard of uint32": (text(shard(magic=20240801)), "has 20240520, 1, count"),
+    "shards without validation": (text(lambda d: [shard()(d), (d / "a_val.bin").unlink()]), "with val in their names"),
+    "out is a file": (result_folder(lambda d: None, "sweep.py", "--out", __file__), "cannot be made a folder"),
+    "config damaged": (result_folder(lambda d: truncate(d / "config.json")), "config.json is damaged"),
+    "config no table": (result_folder(lambda d: (d / "config.json").write_text("[1, 2]")), "config.json is damaged"),
+    "config contradicts": (result_folder(lambda d: None, "sweep.py", "--batch-size", "9"), "batch_size = 8, not 9"),
+    "rows garbled": (result_folder(lambda d: (d / "runs.jsonl").write_bytes(b"garbage\n" + (d / "runs.jsonl").read_bytes())), "runs.jsonl:1"),
+    "rows are a folder": (result_folder(lambda d: [(d / "runs.jsonl").unlink(), (d / "runs.jsonl").mkdir()]), "directory"),
+    "tracks garbled": (result_folder(lambda d: [(d / "track.jsonl").write_text("{}\n"), (d / "config.json").unlink()], "sweep.py", "--track", "5"), "track.jsonl:1"),
+    "no summary": (result_folder(lambda d: (d / "summary.json").unlink(), "plots.py"), "run python sweep.py --out"),
+    "summary truncated": (result_folder(lambda d: truncate(d / "summary.json"), "plots.py"), "summary.json is damaged"),
+    "summary null": (result_folder(lambda d: (d / "summary.json").write_text("null"), "plots.py"), "summary.json is damaged"),
+    "summary without rows": (result_folder(lambda d: (d / "summary.json").write_text("{}"), "plots.py"), "summary.json is damaged"),
+    "summary of odd rows": (result_folder(lambda d: (d / "summary.json").write_text('{"rows": [1]}'), "plots.py"), "summary.json is damaged"),
+    "figure unknown": (result_folder(lambda d: None, "plots.py", "lr_transfr"), "unknown figure 'lr_transfr'; choose from lr_transfer"),
+    "figure not measured": (result_folder(lambda d: None, "plots.py", "alignment"), "'alignment' cannot be drawn"),
+    "figures is a file": (result_folder(lambda d: (d / "figures").write_text(""), "plots.py"), "figures"),
+    "checkpoint empty": (checkpoint(lambda path: path.write_bytes(b"")), "is damaged; remove it to begin that run anew"),
+    "checkpoint cut": (checkpoint(lambda path: first_bytes(path, path.stat().st_size // 2)), "is damaged"),
+    "checkpoint of garbage": (checkpoint(lambda path: path.write_bytes(b"garbage" * 99)), "is damaged"),
+    "checkpoint of code": (checkpoint(lambda path: torch.save(Boom(), path)), "is damaged"),
+    "checkpoint of another kind": (checkpoint(lambda path: torch.save(torch.ones(3), path)), "is damaged"),
+    "checkpoint of a part": (checkpoint(lambda path: torch.save({"ids": [path.stem[-16:]]}, path)), "is damaged"),
+    "checkpoint of another run": (checkpoint(lambda path: torch.save({"ids": ["0" * 16]}, path)), "belongs to another run"),
+    "checkpoint is a folder": (checkpoint(lambda path: [path.unlink(), path.mkdir()]), "directory"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_FILES)
+def test_damaged_files_end_with_one_line_and_exit_code_2(name, swept, tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("offline")
+    monkeypatch.setattr(train.urllib.request, "urlopen", offline)
+    prepare, words = DAMAGED_FILES[name]
+    script, flags = prepare(tmp_path, swept[0])
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    done = run_script(script, *flags)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and re.search(words, done.stderr), done.stderr
+    after = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    assert not done.stdout and all(after[path] == content for path, content in before.items())
+    new = {path.name: after[path] for path in after.keys() - before.keys()}         # of a sweep: its settings and no row
+    assert new.keys() <= {"config.json", "runs.jsonl"} and not new.get("runs.jsonl")
+
+
+def test_a_sweep_that_ended_before_its_first_row_leaves_a_folder_that_contradicts_nothing(tmp_path):
+    assert run_script("sweep.py", *FEW, "--batch-size", "301", "--out", tmp_path).stderr.count("at most the 300 training samples") == 1
+    assert run_script("sweep.py", *FEW, "--out", tmp_path).returncode == 0
+
+
+def test_a_head_that_does_not_divide_the_default_width_is_no_error(tmp_path):
+    args, given, curves = sweep.parse(["--model", "gpt", "--head-dim", "24", "--widths", "48", "96", "--base-width", "48"])
+    assert args["widths"] == [48, 96] and len(curves) == 1 and sweep.runs_of(given, curves[0], 96, 0.1, 1)[0]["width"] == 96
+
+
+@pytest.mark.parametrize("most, error", [
+    (4, torch.OutOfMemoryError("CUDA out of memory")), (2, MemoryError()),
+    (1, RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"))])
+def test_stacks_that_do_not_fit_are_halved_and_the_rows_stay_the_same(tmp_path, monkeypatch, most, error):
+    def tight(runs, *args, **kwargs):
+        if len(runs) > most:
+            if kwargs["tracked"] is not None:
+                kwargs["tracked"].append({"id": "half done", "step": 1, "layer": 0})
+            raise error
+        return whole(runs, *args, **kwargs)
+
+    whole = train.train
+    track = ["--track", "4", "--steps", "2"]
+    assert run_script("sweep.py", *FEW, *track, "--out", tmp_path / "free").returncode == 0
+    monkeypatch.setattr(train, "train", tight)
+    sweep.say_once.cache_clear()
+    done = run_script("sweep.py", *FEW, *track, "--out", tmp_path / "tight")
+    assert done.returncode == 0 and "width 16: out of memory for 6 runs at once; going on with 3" in done.stderr, done.stderr
+    assert sorted_rows(tmp_path / "tight") == sorted_rows(tmp_path / "free")
+    tracks = [sweep.read_rows(tmp_path / name, "track*.jsonl") for name in ("free", "tight")]
+    assert tracks[0].keys() == tracks[1].keys()
+
+
+@pytest.mark.parametrize("too_wide", [8, 16])
+def test_runs_that_fit_nowhere_become_flagged_rows_and_are_not_tried_again(tmp_path, monkeypatch, too_wide):
+    def tight(runs, *args, **kwargs):
+        calls.append(runs)
+        if runs[0]["width"] >= too_wide:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(runs, *args, **kwargs)
+
+    calls, whole = [], train.train
+    monkeypatch.setattr(train, "train", tight)
+    done = run_script("sweep.py", *FEW, "--out", tmp_path)
+    rows = sweep.read_rows(tmp_path)
+    assert done.returncode == 0 and len(rows) == 12 and "out of memory" in done.stdout, done.stderr
+    assert {row["width"] for row in rows.values() if row["failed"] == "out of memory"} == {w for w in (8, 16) if w >= too_wide}
+    assert all(row["final_train_loss"] is None for row in rows.values() if row["failed"])
+    flags = [flag for row in json.loads((tmp_path / "summary.json").read_text())["rows"] for flag in row["flags"]]
+    assert ("width 16: out of memory" in flags) == (too_wide == 16)
+    content = (tmp_path / "runs.jsonl").read_bytes()
+    calls.clear()
+    again = run_script("sweep.py", *FEW, "--out", tmp_path)
+    assert again.returncode == 0 and not calls and (tmp_path / "runs.jsonl").read_bytes() == content and "out of memory" in again.stdout
+
+
+def test_one_failed_run_does_not_keep_wider_networks_waiting(tmp_path, monkeypatch):
+    def tight(runs, *args, **kwargs):
+        if any((run["width"], run["lr"], run["seed"]) == (8, 0.25, 1) for run in runs):
+            raise MemoryError
+        return whole(runs, *args, **kwargs)
+
+    whole = train.train
+    monkeypatch.setattr(train, "train", tight)
+    done = run_script("sweep.py", *TINY, "--loss", "ce", "--lr-range", "0.25", "4", "--no-plots", "--out", tmp_path)
+    rows = sweep.read_rows(tmp_path).values()
+    assert done.returncode == 0 and sum(bool(row["failed"]) for row in rows) == 1, done.stderr
+    row, = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert row["widths"] == [8, 16] and None not in row["optimal_lr"] and "width 8: out of memory" in row["flags"]
+
+
+def flags_of(settings):
+    """The command line of these settings."""
+    return [part for name, value in settings.items() for flag in [name.replace("_", "-")]
+            for part in ([f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", value])]
+
+
+@pytest.mark.parametrize("settings", [
+    dict(TINY_GPT, optimizer="adam", lr=0.003, norm_affine=False, accumulate=2),
+    dict(width=16, base_width=8, hidden_layers=2, steps=7, batch_size=8, train_size=100, val_size=20, momentum=0.9, lr=0.3)], ids=["gpt", "mlp"])
+def test_training_continued_from_a_checkpoint_gives_the_row_to_the_last_bit(tmp_path, monkeypatch, settings):
+    def interrupted(path, state):
+        save(path, state)
+        if state["done"] == 4:
+            raise KeyboardInterrupt
+
+    def counted(*args):
+        steps.append(args)
+        return batch(*args)
+
+    flags = [*flags_of(settings), "--track", 3]
+    undisturbed = run_script("train.py", *flags, "--out", tmp_path / "a")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    save, batch, steps, out = train.save_checkpoint, train.batch, [], tmp_path / "b"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", interrupted)
+        cut = run_script("train.py", *flags, "--checkpoint", 2, "--out", out)
+    assert cut.returncode == 130 and "goes on from" in cut.stderr and len(cut.stderr.split("\n\n")[-1].splitlines()) <= 2 and not cut.stdout
+    assert [path.suffix for path in out.iterdir()] == [".pt"]
+    monkeypatch.setattr(train, "batch", counted)
+    continued = run_script("train.py", *flags, "--checkpoint", 2, "--out", out)
+    assert len(steps) == 3 and results(json.loads(continued.stdout)) == results(json.loads(undisturbed.stdout))
+    assert sweep.read_rows(out, "track*.jsonl") == sweep.read_rows(tmp_path / "a", "track*.jsonl") != {}
+    assert sorted(path.name[:5] for path in out.iterdir()) == ["runs-", "track"]
+    again = run_script("train.py", *flags, "--checkpoint", 2, "--out", out)
+    assert len(steps) == 3 and again.stdout == continued.stdout
+
+
+@pytest.mark.parametrize("settings", [dict(TINY_GPT, batch_size=8, clip=1.0), dict(SMALL, lr=0.3), dict(SMALL, bias=True, optimizer="adam", lr=0.01)],
+                         ids=["gpt", "mlp", "biases"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(settings):
+    config = train.configure(dict(settings, dtype="float64"))
+    splits = train.load_splits(config, None, "cpu")
+    (whole,), (parts,) = (train.train([dict(config, accumulate=n)], splits) for n in (1, 4))
+    for name in ("final_train_loss", "train_accuracy", "val_loss", "logit_rms"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-10)
+
+
+def test_rows_say_where_their_bits_depend_on_the_stack(small_data):
+    biased = [dict(SMALL, bias=True, optimizer="adam", lr=lr) for lr in (0.001, 0.01, 0.1)]
+    together = train.train(biased, small_data[torch.float32])
+    assert all(row["deterministic"] for row in together)
+    assert [results(row) for row in together] == [results(train.train([run], small_data[torch.float32])[0]) for run in biased]
+    runs = [dict(TINY_GPT, lr=lr, dtype="bfloat16") for lr in (0.1, 0.2)]      # attention takes another path in a stack
+    assert [row["deterministic"] for row in train.train(runs)] == [False, False] and train.train(runs[:1])[0]["deterministic"]
+
+
+def test_every_row_says_where_it_comes_from(swept):
+    out, _ = swept
+    for id_, row in sweep.read_rows(out).items():
+        config = {name: row[name] for name in train.SETTINGS}
+        assert row["torch"] == torch.__version__ and row["device"] == "cpu" and row["dtype"] == "float32" and row["deterministic"] is True
+        assert id_ == row["id"] == train.run_id(config) and row["commit"] is None or re.fullmatch(r"[0-9a-f]{12}\+?", row["commit"])
+    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    assert head.returncode or row["commit"].rstrip("+") == head.stdout.strip()
+    assert json.loads((out / "summary.json").read_text())["command"].startswith("python sweep.py --widths 8 16")
+
+
+def test_a_single_width_has_no_exponent_and_says_so(tmp_path):
+    done = run_script("sweep.py", *FEW[:-1], "--widths", "8", "--out", tmp_path)
+    assert done.returncode == 0 and "! ce" in done.stdout and "one width: no exponent" in done.stdout, done.stderr
+    row, = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert row["optimal_exponent"] is row["max_stable_exponent"] is None and row["optimal_lr"][0] > 0
+    assert (tmp_path / "figures" / "lr_transfer.png").exists()
+
+
+def test_an_optimum_at_the_grids_edge_is_flagged(tmp_path):
+    done = run_script("sweep.py", *FEW, "--lrs", "0.001", "0.002", "--out", tmp_path)
+    assert done.returncode == 0 and "width 8: optimum at the grid's edge" in done.stdout, done.stderr
+
+
+def test_a_sweep_in_which_every_run_diverges_says_so_and_draws_the_others(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = run_script("sweep.py", *FEW[:-1], "--lrs", "1e7", "1e8", "--loss", "mse", "--out", tmp_path / "none")
+        assert done.returncode == 0 and "width 16: every run diverged" in done.stdout, done.stderr
+        both = run_script("sweep.py", *FEW[:-1], "--lrs", "0.1", "0.2", "--alpha", "0", "-10", "--widths", "16", "32", "--loss", "mse", "--out", tmp_path)
+    assert both.returncode == 0 and both.stdout.count("every run diverged") == 2 and "exponents.pdf" in both.stdout, both.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------------

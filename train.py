@@ -17,20 +17,23 @@ Every replica keeps its own seed and learning rates, and ends with the row it wo
 Departures from the paper: batches are drawn with replacement. Out of scope: convolutions, data augmentation.
 """
 import os
+import sys
+SAME_BITS = "torch" not in sys.modules or "MKL_CBWR" in os.environ
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")        # before torch loads MKL: same bits whatever the stack's size
 
 import argparse
+import contextlib
 import copy
 import functools
 import gzip
 import hashlib
+import http.client
 import io
 import json
 import math
 import pickle
 import platform
 import subprocess
-import sys
 import sysconfig
 import tarfile
 import time
@@ -53,12 +56,12 @@ import param
 # Configuration: every scientific setting of a run, with its one default
 
 Kind = namedtuple("Kind", "type holds words")
-COUNT = Kind(int, lambda v: v >= 1, "a whole number, at least 1")
+COUNT = Kind(int, lambda v: 1 <= v < 2 ** 31, "a whole number from 1 to 2^31 - 1")
 WHOLE = Kind(int, lambda v: 0 <= v < 2 ** 63 - 1, "a whole number, at least 0")
 POSITIVE = Kind(float, lambda v: 0 < v < math.inf, "a positive number")
 NONNEGATIVE = Kind(float, lambda v: 0 <= v < math.inf, "a number, at least 0")
 FRACTION = Kind(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
-NUMBER = Kind(float, math.isfinite, "a finite number")
+EXPONENT = Kind(float, lambda v: -10 <= v <= 10, "a number from -10 to 10")
 TEXT = Kind(str, bool, "a name")
 FLAG = Kind(bool, lambda v: True, "true or false")
 
@@ -91,7 +94,7 @@ SETTINGS = {    # name: (default, kind, help)
     "data_seed":     (0, WHOLE, "multi_index: seed of the samples"),
     "loss":          ("ce", one_of(*param.BOUNDED_DERIVATIVE), "loss"),
     "param":         ("sp", one_of(*param.PARAMETERIZATIONS), "parameterization"),
-    "alpha":         (0.0, NUMBER, "exponent: every LR times (width / base width)^-alpha"),
+    "alpha":         (0.0, EXPONENT, "exponent: every LR times (width / base width)^-alpha"),
     "readout_scale": (1.0, NONNEGATIVE, "factor on the readout's initial standard deviation, at every width"),
     "optimizer":     ("sgd", one_of(*param.OPTIMIZERS), "optimizer (adam: AdamW)"),
     "lr":            (0.1, POSITIVE, "learning rate at the base width"),
@@ -206,7 +209,7 @@ def _locate(name, root):
     try:
         for file, md5 in downloads.items():
             _download(mirror + file, folders[0], md5)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:       # the latter where the connection ends too early
         package = ", or install Debian's package dataset-fashion-mnist" if packaged else ""
         raise ValueError(f"{name} is not here and could not be downloaded ({error}); put {', '.join(needed)} "
                          f"(plain or .gz) into {folders[0]}, or name their folder with --data-dir{package}") from None
@@ -226,9 +229,8 @@ def _download(url, folder, md5):
                      for member in archive if member.isfile() and Path(member.name).name in _CIFAR}
     folder.mkdir(parents=True, exist_ok=True)
     for file, data in files.items():
-        partial = folder / f"{file}.part"
-        partial.write_bytes(data)
-        partial.replace(folder / file)
+        with whole_file(folder / file) as target:
+            target.write(data)
 
 
 def _read(folder, file):
@@ -246,8 +248,8 @@ def _read_idx(folder, file):
     """An IDX file as a uint8 array: big-endian 0x08, the number of dimensions, their sizes, then the bytes."""
     content, path = _read(folder, file)
     magic = 0x803 if "images" in file else 0x801
-    header = np.frombuffer(content[:4 * (1 + magic % 256)], ">u4")
-    if len(content) < 4 * (1 + magic % 256) or header[0] != magic:
+    header = np.frombuffer(content[:4 * (1 + magic % 256)].ljust(16), ">u4")[:1 + magic % 256]
+    if len(content) < header.nbytes or header[0] != magic:
         raise ValueError(f"{path} does not begin with the IDX magic {magic:#x}; it is no {file} file")
     if len(content) != header.nbytes + math.prod(header[1:].tolist()):
         raise ValueError(f"{path} holds {len(content)} bytes where its header says "
@@ -316,11 +318,12 @@ class Tokens:
 
     @functools.cached_property
     def frequencies(self):
-        """Relative frequency of every token, over the first files up to 16M tokens."""
-        counts = np.zeros(self.vocabulary, np.int64)
-        for i, end in enumerate(self.ends):
-            counts += np.bincount(self._map(i), minlength=self.vocabulary)[:self.vocabulary]
-            if end >= 2 ** 24:
+        """Relative frequency of every token, over the first 16M tokens."""
+        counts, left = np.zeros(self.vocabulary, np.int64), 2 ** 24
+        for i, piece in enumerate(self.pieces):
+            counts += np.bincount(self._map(i)[:left], minlength=self.vocabulary)[:self.vocabulary]
+            left -= min(left, piece.count)
+            if not left:
                 break
         return torch.from_numpy(counts / counts.sum())
 
@@ -371,15 +374,16 @@ def load_text(name, context, device="cpu", vocab_size=0, val_size=64):
 
     ValueError: no such path, damaged files, fewer tokens than a window, or a token outside the vocabulary.
     """
-    train, val = _text_pieces(name)
+    train, val = ([piece for piece in pieces if piece.count] for pieces in _text_pieces(name))
     for words, pieces in (("train", train), ("validate", val)):
         if sum(piece.count for piece in pieces) <= context:
-            raise ValueError(f"{name} holds {sum(piece.count for piece in pieces)} tokens to {words} on; context {context} needs more")
+            raise ValueError(f"{name} holds {sum(piece.count for piece in pieces)} tokens to {words} on; context {context} needs more "
+                             "(of a folder every tenth text file validates, or the .bin files with val in their names)")
     if not vocab_size:
         vocab_size = 256 if all(piece.dtype == "u1" for piece in train + val) else 1 + max(
             int(np.memmap(piece.path, piece.dtype, "r", piece.offset, (piece.count,)).max()) for piece in train + val)
     train, val = Tokens(train, vocab_size), Tokens(val, vocab_size)
-    starts = torch.linspace(0, len(val) - context - 1, val_size).long().unique()
+    starts = torch.linspace(0, len(val) - context - 1, val_size, dtype=torch.float64).long().unique()
     windows = val.windows(starts, context + 1).to(device)
     return Splits(train, None, windows[:, :-1], windows[:, 1:], vocab_size)
 
@@ -518,7 +522,7 @@ def loss_and_derivative(loss, logits, y):
 
 def stacked_forward(model, names, weights, x):
     """Any model: logits (R, B, ..., C) of x (R, B, ...)."""
-    if len(weights[0]) == 1:        # no vmap for a single run
+    if len(weights[0]) == 1 and isinstance(model, models.GPT):      # vmap would lose fast attention; an MLP's rows depend on no stack
         logits = functional_call(model, {name: w.squeeze(0) for name, w in zip(names, weights)}, (x[0],))[None]
     else:
         logits = vmap(lambda weights, x: functional_call(model, dict(zip(names, weights)), (x,)))(tuple(weights), x)
@@ -827,7 +831,9 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
 
     tenth = max(1, steps // 10)
     columns = {"final_train_loss": losses[-tenth:].T.tolist(), "train_accuracy": hits[-tenth:].T.tolist()}
-    shared = {"chance_loss": chance_loss(config["loss"], splits.x if splits.y is None else splits.y, splits.classes), **provenance(device),
+    origin = dict(provenance(device))
+    origin["deterministic"] &= ranks == 1 and (config["model"] != "gpt" or len(runs) == 1)       # attention differs under vmap
+    shared = {"chance_loss": chance_loss(config["loss"], splits.x if splits.y is None else splits.y, splits.classes), **origin,
               "seconds": round((time.perf_counter() - start) / len(runs), 4)}
     return [{"id": run_id(run), **run,
              **{name: math.fsum(column[r]) / tenth if diverged_at[r] is None else None for name, column in columns.items()},
@@ -842,22 +848,22 @@ def failed_row(run, reason, device):
 
 def save_checkpoint(path, state):
     """Writes whole or not at all. The data order is no part of it: it follows from the seed and the step."""
-    partial = path.with_suffix(".part")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with whole_file(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:       # how torch says that the disk is full
+            raise OSError(f"{path} could not be written; make room, or train without --checkpoint") from error
 
 
 def load_checkpoint(path, ids, device):
     """What save_checkpoint wrote for the runs of these ids. ValueError if it is damaged or belongs to other runs."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        if state["ids"] == ids:
-            return state
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
-        raise ValueError(f"{path} is damaged; remove it to begin that run anew") from None
+    with open(path, "rb") as file:
+        try:
+            state = dict(torch.load(file, map_location=device, weights_only=True))
+            if state["ids"] == ids:
+                return {key: state[key] for key in ("done", "stack", "losses", "hits", "alive", "diverged_at", "tracked")}
+        except (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, pickle.UnpicklingError):
+            raise ValueError(f"{path} is damaged; remove it to begin that run anew") from None
     raise ValueError(f"{path} belongs to another run; remove it, or use another --out")
 
 
@@ -955,7 +961,8 @@ def evaluate(forward, splits, loss, replicas, chunk=256):
 @functools.cache
 def provenance(device):
     """Where a row comes from: versions, device, git commit of this file (with "+" if the tree was changed), and
-    whether the same run gives the same bits here whatever shares its stack: MKL promises it on the CPU, CUDA does not."""
+    whether the same run gives the same bits here whatever shares its stack: MKL promises it on the CPU (where this file came
+    before torch), CUDA does not."""
     def git(*command):
         try:
             return subprocess.run(("git", *command), cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
@@ -966,15 +973,33 @@ def provenance(device):
     kind = torch.device(device).type
     name = torch.cuda.get_device_name(device) if kind == "cuda" else kind
     return {"python": platform.python_version(), "torch": torch.__version__, "device": name,
-            "commit": commit + changed if commit else None, "deterministic": kind == "cpu" and torch.backends.mkl.is_available()}
+            "commit": commit + changed if commit else None, "deterministic": kind == "cpu" and torch.backends.mkl.is_available() and SAME_BITS}
+
+
+def lines_of(rows):
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
 def append_rows(path, rows):
     """Appends whole lines, and returns once they are on the disk."""
     with open(path, "a") as file:
-        file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        file.write(lines_of(rows))
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file that comes to stand under its name whole and on the disk, or not at all."""
+    partial = path.with_name(path.name + ".part")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1005,7 +1030,7 @@ def add_flags(parser, several=(), without=()):
                                nargs="+" if name in several else None)
     group = parser.add_argument_group("measurements and machine")
     group.add_argument("--track", type=int, default=0, metavar="N",
-                       help="measure every module in the first 20 steps, then every N-th, into track.jsonl of --out; 0 is never (default 0)")
+                       help="measure every module in the first 20 steps, then every N-th, into track*.jsonl of --out; 0 is never (default 0)")
     group.add_argument("--data-dir", metavar="DIR", help="folder of the data files (default $DATA_DIR, ./data)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; under torchrun each rank takes its own (default auto)")
 
@@ -1018,7 +1043,7 @@ def choose_device(name):
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+    if name not in ("cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
         raise ValueError(f"device is {name!r}; choose auto, cpu, cuda or cuda:N")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name} is not there ({torch.cuda.device_count()} CUDA devices); use --device auto")
@@ -1035,15 +1060,23 @@ def command_line(main):
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        print(f"{Path(sys.argv[0]).name}: out of memory; use a smaller width, batch size or --stack", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: out of memory; use a smaller width, batch size, number of steps or --stack", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{interrupt or 'interrupted; the same command goes on'}", file=sys.stderr)
         sys.exit(130)
 
 
 def out_of_memory(error):
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("DefaultCPUAllocator", "Storage size calculation overflowed")))
+
+
+def make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out is {path}, which cannot be made a folder ({error.strerror}); name another with --out") from None
 
 
 def main():
@@ -1063,11 +1096,11 @@ def main():
     if config["model"] == "gpt":
         config["vocab_size"] = splits.classes
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-    file, checkpoint = (out and out / name.format(run_id(config)) for name in ("runs-{}.jsonl", "checkpoint-{}.pt"))
-    if file and file.exists() and file.read_bytes().endswith(b"\n"):
+        make_folder(out)
+    file, tracks, checkpoint = (out and out / name.format(run_id(config)) for name in ("runs-{}.jsonl", "track-{}.jsonl", "checkpoint-{}.pt"))
+    if file and file.exists():
         print(f"{file} is there: not run again", file=sys.stderr)
-        return print(file.read_text().splitlines()[-1])
+        return print(file.read_text(), end="")
 
     leader = True
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -1081,14 +1114,15 @@ def main():
     try:
         row, = train([config], splits, device, None, progress, track, tracked, checkpoint if every else None, every)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on from {checkpoint}" if every and checkpoint.exists() else "\ninterrupted", file=sys.stderr)
-        raise
+        from_where = f"goes on from {checkpoint}" if every and checkpoint.exists() else "begins anew (--checkpoint N would keep what is done)"
+        raise KeyboardInterrupt(f"interrupted; the same command {from_where}") from None
     if leader:
         print("" if row["diverged_at"] is None else f"\ndiverged at step {row['diverged_at']}", file=sys.stderr)
-        if tracked:
-            append_rows(out / "track.jsonl", tracked)
+        for path, rows in ((tracks, tracked), (file, [row])):       # the row last: it says that the run is done
+            if out and rows:
+                with whole_file(path) as target:
+                    target.write(lines_of(rows).encode())
         if out:
-            append_rows(file, [row])
             checkpoint.unlink(missing_ok=True)
         print(json.dumps(row, allow_nan=False))
     if torch.distributed.is_initialized():
