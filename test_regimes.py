@@ -832,7 +832,7 @@ GPT_RUN = {"model": "gpt", "width": 32, "base_width": 16, "head_dim": 16, "conte
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
+def text_file(tmp_path_factory):
     """A file of bytes in which the next one mostly follows from the last."""
     generator, path = np.random.default_rng(0), tmp_path_factory.mktemp("text") / "text.txt"
     path.write_bytes((np.cumsum(generator.choice([1, 1, 1, 5], 4000)) % 64).astype(np.uint8).tobytes())
@@ -841,10 +841,10 @@ def text(tmp_path_factory):
 
 @pytest.mark.parametrize("variant", [{}, {"optimizer": "adam", "lr": 0.02}, {"optimizer": "adam", "lr": 0.02, "accumulate": 2, "param": "mup"},
                                      {"optimizer": "adam", "norm_affine": False, "qk_norm": False, "lr": 0.02}], ids=str)
-def test_a_gpts_run_is_a_plain_loop_with_torch_optim(variant, text):
-    run = train.configure({**GPT_RUN, "lr": 0.5, "data": str(text), "vocab_size": 256, "dtype": "float64", **variant})
+def test_a_gpts_run_is_a_plain_loop_with_torch_optim(variant, text_file):
+    run = train.configure({**GPT_RUN, "lr": 0.5, "data": str(text_file), "vocab_size": 256, "dtype": "float64", **variant})
     row, = train.train([run])
-    tokens = torch.from_numpy(np.fromfile(text, np.uint8).astype(np.int64))
+    tokens = torch.from_numpy(np.fromfile(text_file, np.uint8).astype(np.int64))
     model, base = (models.GPT(256, width, 1, 8, 16, run["norm_affine"], run["qk_norm"]).double() for width in (32, 16))
     param.init_(model, base, run["param"], seeded(0), gain=1.0)
     groups = param.param_groups(model, base, run["param"], run["optimizer"], run["lr"], weight_decay=run["weight_decay"], eps=run["eps"])
@@ -868,8 +868,8 @@ def test_a_gpts_run_is_a_plain_loop_with_torch_optim(variant, text):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_stacked_gpts_are_those_alone_and_bfloat16_is_close(text):
-    runs = [dict(GPT_RUN, data=str(text), lr=lr, seed=seed) for lr in (0.2, 0.5) for seed in (0, 1)]
+def test_stacked_gpts_are_those_alone_and_bfloat16_is_close(text_file):
+    runs = [dict(GPT_RUN, data=str(text_file), lr=lr, seed=seed) for lr in (0.2, 0.5) for seed in (0, 1)]
     together = train.train(runs)
     for run, row in zip(runs, together):
         only, = train.train([run])
@@ -1181,8 +1181,9 @@ def test_tracked_norms_are_those_of_the_run_alone(small_data):
 
 def test_a_tracked_sweep_sets_measured_exponents_beside_predicted_ones(tmp_path):
     flags = [*TINY[:TINY.index("--lr-range")], "--steps", "25", "--lrs", "0.1", "--alpha", "0", "0.5", "1", "--track", "10", "--loss", "ce"]
-    done = run_script("sweep.py", *flags, "--out", tmp_path)
+    done = run_script("sweep.py", *flags, "--out", tmp_path, "--no-plots")
     assert done.returncode == 0 and "measured (predicted)" in done.stdout, done.stderr
+    plots.draw(tmp_path, ["regimes", "limit"])
     tracks = sweep.read_rows(tmp_path, "track*.jsonl")
     assert sorted({step for _, step, _ in tracks}) == [*range(1, 21), 25]
     assert len(tracks) == 12 * 21 * 4       # runs, steps, three modules and the logits
@@ -1304,9 +1305,11 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(script, flags, words, tmp_
 
 
 def test_scripts_end_the_same_way_from_a_shell(tmp_path):
-    for script, flag in (("sweep.py", "--lr-step"), ("train.py", "--lr"), ("plots.py", "--figure")):
-        done = subprocess.run([sys.executable, HERE / script, flag, "nan"], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout, done.stderr
+    calls = [[sys.executable, HERE / script, flag, "nan"] for script, flag in
+             (("sweep.py", "--lr-step"), ("train.py", "--lr"), ("plots.py", "--figure"))]
+    for call in [subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) for call in calls]:
+        out, err = call.communicate()
+        assert call.returncode == 2 and len(err.splitlines()) == 1 and not out, err
 
 
 def test_a_contradicting_or_damaged_result_folder_is_refused(swept, tmp_path):

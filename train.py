@@ -108,7 +108,7 @@ SETTINGS = {    # name: (default, kind, help)
     "batch_size":    (64, COUNT, "samples a step"),
     "accumulate":    (1, COUNT, "gradient accumulation: parts into which each batch is cut"),
     "warmup":        (0, WHOLE, "steps of linear warmup at the base width"),
-    "warmup_exponent": (0.0, NUMBER, "exponent: warmup steps times (width / base width)^this, rounded"),
+    "warmup_exponent": (0.0, EXPONENT, "exponent: warmup steps times (width / base width)^this, rounded"),
     "decay":         ("none", one_of("none", "cosine"), "cosine: to a tenth of the LR at the last step"),
     "label_noise":   (0.0, NONNEGATIVE, "linear_net: standard deviation of noise on the label, drawn anew at every step"),
     "seed":          (0, WHOLE, "seed of initialization and data order"),
