@@ -40,6 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import metrics
 import models
@@ -716,6 +717,58 @@ def append_rows(path, rows):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Speed, against the matrix products alone
+
+class Products(TorchDispatchMode):
+    """Keeps the matrix products called under it, (operation, arguments), so that they can be called again alone."""
+    calls = ()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.__name__.split(".")[0] in ("mm", "addmm", "bmm", "baddbmm", "baddbmm_"):
+            self.calls += (functools.partial(op, *args, **(kwargs or {})),)
+        return op(*args, **(kwargs or {}))
+
+
+def bench(config, size, device, data_dir=None):
+    """(replicas, seconds a step of the stack, the part of them that its matrix products take alone, floating-point
+    operations a step); of ten repetitions the smallest, and the median ratio of neighbours. LRs are tiny: nothing diverges."""
+    splits = load_splits(config, data_dir, device)
+    runs = next(stacks([dict(config, lr=1e-9)] * 256, device, size))
+    model, base, roles = build(config)
+    advance, _ = optimizer_step(config, model)
+    stack = stack_runs(runs, model, base, roles, device, weight_dtype(config))
+    index = data_order([config["seed"]], len(splits.x), config, device)[[0] * len(runs), 0]         # (R, B)
+
+    def seconds(call, repeats=1):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) / repeats
+
+    def step():
+        advance(stack, splits.x[index], splits.y[index], 0)
+
+    with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config["dtype"] == "bfloat16"):
+        with Products() as products:
+            step()
+        repeats = math.ceil(0.1 / min(seconds(step) for _ in range(3)))
+        times = [(seconds(step, repeats), seconds(lambda: [call() for call in products.calls], repeats)) for _ in range(10)]
+    operations = sum(2 * call.args[-2].numel() * call.args[-1].shape[-1] for call in products.calls)
+    return len(runs), min(times)[0], sorted(alone / whole for whole, alone in times)[5], operations
+
+
+def bench_table(config, widths, size, device, data_dir):
+    """Markdown lines: a stack's speed at each width."""
+    yield "| width | stack | steps/s | ms per run and step | GFLOP/s | of the products alone |\n|---:|---:|---:|---:|---:|---:|"
+    for width in widths:
+        replicas, seconds, products, operations = bench(dict(config, width=width), size, device, data_dir)
+        yield (f"| {width} | {replicas} | {1 / seconds:.1f} | {1e3 * seconds / replicas:.3f} | {operations / seconds / 1e9:.0f} "
+               f"| {products:.2f} |")
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Command line
 
 class Parser(argparse.ArgumentParser):
@@ -778,9 +831,21 @@ def main():
     add_flags(parser)
     group = parser.add_argument_group("results")
     group.add_argument("--out", type=Path, metavar="DIR", help="also write the row to DIR/runs-ID.jsonl")
+    group = parser.add_argument_group("speed")
+    group.add_argument("--bench", type=int, nargs="*", metavar="WIDTH", help="train nothing: print the speed of a stack of such "
+                       "runs at these widths (default --width), against its matrix products alone")
+    group.add_argument("--stack", type=lambda n: n if n == "auto" else int(n), default="auto", metavar="N",
+                       help="most replicas in the stack of --bench (default auto)")
     args = vars(parser.parse_args())
-    device, data_dir, out, track = (args.pop(name) for name in ("device", "data_dir", "out", "track"))
+    device, data_dir, out, track, widths, stack = (args.pop(name) for name in ("device", "data_dir", "out", "track", "bench", "stack"))
     config, tracked = configure(args), []
+    if stack != "auto" and stack < 1:
+        raise ValueError(f"stack is {stack}; it must be auto or a whole number, at least 1")
+    if widths is not None:
+        for line in bench_table(config, [configure(dict(config, width=w))["width"] for w in widths or [config["width"]]], stack,
+                                choose_device(device), data_dir):
+            print(line, flush=True)
+        return
     if track < 0 or (track and not out):
         raise ValueError(f"track is {track}; it must be at least 0, and needs a folder to write to: --out DIR")
 
