@@ -46,6 +46,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import metrics
 import models
@@ -1003,6 +1004,61 @@ def whole_file(path):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Speed, against the matrix products alone
+
+class Products(TorchDispatchMode):
+    """Keeps the matrix products called under it, (operation, arguments), so that they can be called again alone."""
+    calls = ()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.__name__.split(".")[0] in ("mm", "addmm", "bmm", "baddbmm", "baddbmm_"):
+            self.calls += (functools.partial(op, *args, **(kwargs or {})),)
+        return op(*args, **(kwargs or {}))
+
+
+def bench(config, size, device, data_dir=None):
+    """(replicas, seconds a step of the stack, the part of them that its matrix products take alone, floating-point
+    operations a step); of ten repetitions the smallest, and the median ratio of neighbours. LRs are tiny: nothing diverges."""
+    splits = load_splits(config, data_dir, device)
+    config = dict(config, vocab_size=splits.classes if config["model"] == "gpt" else 0)
+    runs = next(stacks([dict(config, lr=1e-9)] * 256, device, size))
+    model, base, roles = build(config)
+    advance, _ = optimizer_step(config, model)
+    stack = stack_runs(runs, model, base, roles, device, weight_dtype(config))
+    x, y = batch(splits, torch.arange(config["batch_size"]).expand(len(runs), -1), config["context"])
+
+    def seconds(call, repeats=1):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) / repeats
+
+    def step():
+        advance(stack, x, y, 0)
+
+    with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, config["dtype"] == "bfloat16", cache_enabled=False):
+        with Products() as products:
+            step()
+        repeats = math.ceil(0.1 / min(seconds(step) for _ in range(3)))
+        times = [(seconds(step, repeats), seconds(lambda: [call() for call in products.calls], repeats)) for _ in range(10)]
+    operations = sum(2 * call.args[-2].numel() * call.args[-1].shape[-1] for call in products.calls)
+    return len(runs), min(times)[0], sorted(alone / whole for whole, alone in times)[5], operations
+
+
+def bench_table(configs, size, device, data_dir):
+    """Prints a stack's speed at each width, as Markdown. ValueError for linear_net, which multiplies no matrices."""
+    print("| width | stack | steps/s | ms per run and step | GFLOP/s | of the products alone |\n|---:|---:|---:|---:|---:|---:|")
+    for config in configs:
+        if config["model"] == "linear_net":
+            raise ValueError("linear_net multiplies no matrices; --bench takes --model mlp or gpt")
+        replicas, seconds, products, operations = bench(config, size, device, data_dir)
+        print(f"| {config['width']} | {replicas} | {1 / seconds:.1f} | {1e3 * seconds / replicas:.3f} | {operations / seconds / 1e9:.0f} "
+              f"| {products:.2f} |", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Command line
 
 class Parser(argparse.ArgumentParser):
@@ -1086,12 +1142,22 @@ def main():
     group.add_argument("--out", type=Path, metavar="DIR", help="also write the row to DIR/runs-ID.jsonl; a run found there is not run again")
     group.add_argument("--checkpoint", type=int, default=0, metavar="N",
                        help="every N steps write all that is needed to go on to DIR/checkpoint-ID.pt; 0 is never (default 0)")
+    group = parser.add_argument_group("speed")
+    group.add_argument("--bench", type=int, nargs="*", metavar="WIDTH", help="train nothing: print the speed of a stack of such "
+                       "runs at these widths (default --width), against its matrix products alone")
+    group.add_argument("--stack", type=lambda n: n if n == "auto" else int(n), default="auto", metavar="N",
+                       help="most replicas in the stack of --bench (default auto)")
     args = vars(parser.parse_args())
-    device, data_dir, out, track, every = (args.pop(name) for name in ("device", "data_dir", "out", "track", "checkpoint"))
+    device, data_dir, out, track, every, widths, stack = (
+        args.pop(name) for name in ("device", "data_dir", "out", "track", "checkpoint", "bench", "stack"))
     config, tracked, device = configure({name: value for name, value in args.items() if value is not None}), [], choose_device(device)
     for name, value in (("track", track), ("checkpoint", every)):
         if value < 0 or (value and not out):
             raise ValueError(f"{name} is {value}; it must be at least 0, and needs a folder to write to: --out DIR")
+    if stack != "auto" and stack < 1:
+        raise ValueError(f"stack is {stack}; it must be auto or a whole number, at least 1")
+    if widths is not None:
+        return bench_table([configure(dict(config, width=width)) for width in widths or [config["width"]]], stack, device, data_dir)
     splits = load_splits(config, data_dir, device)
     if config["model"] == "gpt":
         config["vocab_size"] = splits.classes
