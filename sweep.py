@@ -530,14 +530,14 @@ def wanted(known, low, high, search, extensions, hint=None):
 
     known: {k: (mean loss, stable)}. grid: all of low..high. coarse-to-fine: every COARSE-th point, then halves of the gaps
     beside the optimum, down to one step on its better side, and of the edge's bracket. hint = (optimum, edge) at a narrower
-    width replaces the coarse points by every second one near there, unless none of those is stable. Where the optimum lies
-    at an end, or nothing above it is unstable, the grid grows.
+    width replaces the coarse points by those near there, every second one unless the two are far apart, as long as one of
+    them is stable. Where the optimum lies at an end, or nothing above it is unstable, the grid grows.
     """
     grid, reach = search == "grid", set(range(low - extensions * COARSE, high + extensions * COARSE + 1))
-    stride = 1 if grid else 2 if hint else COARSE
+    stride = 1 if grid else 2 if hint and max(hint) - hint[0] <= 2 * COARSE else COARSE
     start = set(range(low, high + 1, 1 if grid else COARSE))
     if hint and not grid:
-        near = reach & set(range(hint[0] - 3, max(hint) + 2, 2))
+        near = reach & set(range(hint[0] - 3, max(hint) + stride, stride))
         if not near <= known.keys() or any(known[k][1] for k in near):
             start = near
     if not start <= known.keys():
