@@ -759,26 +759,13 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
     up), and null results. ValueError on bad settings, or runs that cannot share a stack.
     """
     start = time.perf_counter()
-    runs = [configure(run) for run in runs]
-    for name in runs[0]:
-        if name not in PER_REPLICA and any(run[name] != runs[0][name] for run in runs):
-            raise ValueError(f"runs of one stack must share {name}; only {', '.join(PER_REPLICA)} may differ")
-    splits = load_splits(runs[0], data_dir, device) if splits is None else splits
-    if runs[0]["model"] == "linear_net":
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    runs, config, splits, samples = prepare(runs, splits, device, data_dir, ranks)
+    if config["model"] == "linear_net":
         if track:
             raise ValueError("linear_net has no modules to track; use --track 0, or --model mlp --activation identity")
         return linear_net_rows(runs, splits, device, start)
-    if runs[0]["model"] == "gpt":
-        runs = [dict(run, vocab_size=splits.classes) for run in runs]
-    config = dict(runs[0], weight_decay=max(run["weight_decay"] for run in runs))
-    samples = len(splits.x) - (0 if splits.y is not None else config["context"])
-    if config["batch_size"] > samples:
-        raise ValueError(f"batch_size is {config['batch_size']}; it must be at most the {samples} training samples")
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-    if config["batch_size"] % (ranks * config["accumulate"]):
-        raise ValueError(f"batch_size is {config['batch_size']}; it must be a multiple of {ranks} ranks times accumulate = {config['accumulate']}")
-
     model, base, roles = build(config)
     advance, forward = optimizer_step(config, model, ranks)
     dtype = weight_dtype(config)
@@ -829,16 +816,38 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
             chunk = config["batch_size"] // config["accumulate"] if config["model"] == "gpt" else 256
             values = evaluate(lambda x: forward(stack["weights"], x.expand(len(alive), *x.shape)), splits, config["loss"], len(alive), chunk)
             finals.update(zip(alive.tolist(), values))
+    seconds = round((time.perf_counter() - start) / len(runs), 4)
+    return finished_rows(runs, losses, hits, finals, diverged_at, splits, {**provenance(device), "seconds": seconds}, ranks)
 
-    tenth = max(1, steps // 10)
+
+def prepare(runs, splits, device, data_dir, ranks):
+    """(full configurations, what the stack shares, data, number of training samples); ValueError as train says."""
+    runs = [configure(run) for run in runs]
+    for name in runs[0]:
+        if name not in PER_REPLICA and any(run[name] != runs[0][name] for run in runs):
+            raise ValueError(f"runs of one stack must share {name}; only {', '.join(PER_REPLICA)} may differ")
+    splits = load_splits(runs[0], data_dir, device) if splits is None else splits
+    if runs[0]["model"] == "gpt":
+        runs = [dict(run, vocab_size=splits.classes) for run in runs]
+    config = dict(runs[0], weight_decay=max(run["weight_decay"] for run in runs))
+    samples, size = len(splits.x) - (0 if splits.y is not None else config["context"]), config["batch_size"]
+    if size > samples and config["model"] != "linear_net":
+        raise ValueError(f"batch_size is {size}; it must be at most the {samples} training samples")
+    if size % (ranks * config["accumulate"]):
+        raise ValueError(f"batch_size is {size}; it must be a multiple of {ranks} ranks times accumulate = {config['accumulate']}")
+    return runs, config, splits, samples
+
+
+def finished_rows(runs, losses, hits, finals, diverged_at, splits, origin, ranks=1):
+    """The rows of runs from losses and hits (steps, R), finals {replica: validation} and diverged_at [step or None]."""
+    config, tenth = runs[0], max(1, len(losses) // 10)
     columns = {"final_train_loss": losses[-tenth:].T.tolist(), "train_accuracy": hits[-tenth:].T.tolist()}
-    origin = dict(provenance(device))
-    origin["deterministic"] &= ranks == 1 and (config["model"] != "gpt" or len(runs) == 1)       # attention differs under vmap
-    shared = {"chance_loss": chance_loss(config["loss"], splits.x if splits.y is None else splits.y, splits.classes), **origin,
-              "seconds": round((time.perf_counter() - start) / len(runs), 4)}
+    deterministic = origin["deterministic"] and ranks == 1 and (config["model"] != "gpt" or len(runs) == 1)     # attention differs under vmap
+    shared = {"failed": None, "chance_loss": chance_loss(config["loss"], splits.x if splits.y is None else splits.y, splits.classes),
+              **origin, "deterministic": deterministic}
     return [{"id": run_id(run), **run,
              **{name: math.fsum(column[r]) / tenth if diverged_at[r] is None else None for name, column in columns.items()},
-             **finals[r], "diverged_at": diverged_at[r], "failed": None, **shared} for r, run in enumerate(runs)]
+             **finals[r], "diverged_at": diverged_at[r], **shared} for r, run in enumerate(runs)]
 
 
 def failed_row(run, reason, device):
