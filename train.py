@@ -474,8 +474,8 @@ def replica_size(config):
 def stacks(runs, device="cpu", size="auto"):
     """Groups configurations into lists that `train` can take, each of at most `size` runs.
 
-    auto: on the CPU as many replicas as keep the weights near the cache (8M in all, at most 64); on CUDA as many as fit
-    into half of the free memory (at most 256). One at least.
+    auto: on the CPU as many replicas as keep weights, and Adam's gradients and moments, near the cache (8M numbers in
+    all, at most 64); on CUDA as many as fit into half of the free memory (at most 256). One at least.
     """
     groups = {}
     for run in runs:
@@ -488,7 +488,7 @@ def stacks(runs, device="cpu", size="auto"):
         elif torch.device(device).type == "cuda":
             limit = min(256, torch.cuda.mem_get_info(device)[0] // 2 // memory)
         else:
-            limit = min(64, 2 ** 23 // parameters)
+            limit = min(64, 2 ** 23 // (parameters * {"sgd": 1, "adam": 4}[group[0]["optimizer"]]))
         parts = math.ceil(len(group) / max(1, limit))
         bounds = [len(group) * i // parts for i in range(parts + 1)]       # parts of equal size, to one run
         yield from (group[a:b] for a, b in zip(bounds, bounds[1:]))
