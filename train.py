@@ -639,8 +639,9 @@ def replica_size(config):
 def stacks(runs, device="cpu", size="auto", shares=1):
     """Groups configurations into lists that `train` can take, each of at most `size` runs, enough of them for `shares` ranks.
 
-    auto: on the CPU as many replicas as keep the weights near the cache (8M in all, at most 64; one GPT, where stacked
-    attention loses); on CUDA as many as fit into half of the free memory (at most 256). One at least.
+    auto: on the CPU as many replicas as keep weights, and Adam's gradients and moments, near the cache (8M numbers in
+    all, at most 64; one GPT, where stacked attention loses); on CUDA as many as fit into half of the free memory (at most
+    256). One at least.
     """
     groups = {}
     for run in runs:
@@ -653,7 +654,8 @@ def stacks(runs, device="cpu", size="auto", shares=1):
         elif torch.device(device).type == "cuda":
             limit = min(256, torch.cuda.mem_get_info(device)[0] // 2 // memory)
         else:
-            limit = 1 if group[0]["model"] == "gpt" else min(64, 2 ** 23 // parameters)
+            copies = {"sgd": 1, "adam": 4}[group[0]["optimizer"]]       # weights, gradients, two moments
+            limit = 1 if group[0]["model"] == "gpt" else min(64, 2 ** 23 // (copies * parameters))
         parts = max(math.ceil(len(group) / max(1, limit)), min(shares, len(group)))
         bounds = [len(group) * i // parts for i in range(parts + 1)]       # parts of equal size, to one run
         yield from (group[a:b] for a, b in zip(bounds, bounds[1:]))
