@@ -395,7 +395,8 @@ def losses(summary):
         axis, colour = axes.flat[names.index(row["param"])], COLOURS[list(NAMES).index(row["loss"])]
         seeds = np.array([floats(values) for values in row["best_val_accuracy"]])           # (W, S)
         spread = t_quantile(seeds.shape[1] - 1) * seeds.std(1, ddof=1) / np.sqrt(seeds.shape[1]) if seeds.shape[1] > 1 else 0
-        axis.errorbar(row["widths"], 100 * seeds.mean(1), 100 * spread, fmt="o-", color=colour, capsize=2.5, markersize=4,
+        beside = {"ce": 1 / 1.05, "mse": 1.0, "brier": 1.05}[row["loss"]]       # lest the bars hide each other
+        axis.errorbar(np.array(row["widths"]) * beside, 100 * seeds.mean(1), 100 * spread, fmt="o-", color=colour, capsize=2.5, markersize=4,
                       label=NAMES[row["loss"]])
         axis.set(xscale="log", xlabel="width n", title=NAMES[row["param"]])
         octaves(axis.xaxis, row["widths"])
