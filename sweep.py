@@ -50,8 +50,9 @@ PRESETS = {     # name: {scale: flags}
         "paper": dict(data="mnist", hidden_layers=7, steps=937, widths=[256, 512, 1024, 2048, 4096, 8192, 16384],
                       loss=["ce", "mse"], seeds=4, lr_range=[2 ** -12, 4.0], stable_if="accuracy")},
     "lr_transfer": {
-        "cpu": dict(param=["sp", "ntp", "mup", "sp_full_align"], hidden_layers=4, steps=100, widths=[64, 128, 256, 512], seeds=3),
-        "paper": dict(param=["sp", "ntp", "mup", "sp_full_align"], data="mnist", hidden_layers=7, steps=937, seeds=4,
+        "cpu": dict(param=["sp", "ntp", "mup", "sp_full_align"], hidden_layers=4, steps=100, widths=[64, 128, 256, 512], seeds=3,
+                    search="grid", lr_range=[2 ** -5, 2.0]),
+        "paper": dict(param=["sp", "ntp", "mup", "sp_full_align"], data="mnist", hidden_layers=7, steps=937, seeds=4, search="grid",
                       widths=[256, 512, 1024, 2048, 4096], stable_if="accuracy")},
     "losses": {
         "cpu": dict(data="fashion_mnist", loss=["ce", "mse", "brier"], param=["sp", "mup", "sp_full_align"], widths=[64, 128, 256, 512],
