@@ -558,8 +558,8 @@ def wanted(known, low, high, search, extensions, hint=None):
     want = {(best + k) // 2 for k in beside if abs(best - k) > 2}
     if not want and all(abs(best - k) > 1 for k in beside):
         want = {(best + min(beside, key=lambda k: known[k][0])) // 2}
-    if above is not None and known[best][1]:
-        want.add((max(k for k in ks if best <= k < above) + above) // 2)            # halves the edge's bracket
+    if above is not None:       # halves the edge's bracket; an optimum that is not stable may have a stable one above it
+        want.add((max(k for k in ks if best <= k < above) + above) // 2)
     return want - known.keys()
 
 
