@@ -142,6 +142,7 @@ def lr_transfer(summary):
             axis.axhline(chance, color="0.5", linewidth=0.9, linestyle="--")
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(LogLocator(base=10, numticks=12))
+            sparse_decades(axis.xaxis, np.divide(*axis.get_xlim()[::-1]))
             axis.set_ylim(low - 0.06 * (top - low), top)
             axis.set_xlabel("learning rate")
         pair[0].set_title(name_of(row, rows))
