@@ -847,7 +847,7 @@ def main():
     args, given, curves = parse()
     device, splits = train.choose_device(args["device"]), None
     if given.get("model") == "gpt":         # the data tell the vocabulary, which is part of a run's identity
-        splits = train.load_splits(train.configure(given), args["data_dir"], device)
+        splits = train.load_splits(*runs_of(given, curves[0], given["width"], 1.0, 1), args["data_dir"], device)
         given["vocab_size"] = splits.classes
     if args["dry_run"]:
         return dry_run(args, given, curves, device)
