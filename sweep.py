@@ -567,11 +567,16 @@ def run_grid(args, given, curves, device, rows, tracks, team, splits=None):
     """Runs what is missing, in rounds over all widths, and appends each stack's rows to the files and to rows and tracks."""
     report = progress_line(args, given, curves, rows)
     while missing := missing_runs(args, given, curves, rows):
-        for stack in team.share(train.stacks(missing, device, args["stack"], team.size)):
+        twins = {}          # runs that coincide are trained once, unless they are tracked
+        for run in missing:
+            twins.setdefault(train.run_id(run if args["track"] else coincident(run)), []).append(run)
+        firsts = {train.run_id(runs[0]): runs for runs in twins.values()}
+        for stack in team.share(train.stacks([runs[0] for runs in twins.values()], device, args["stack"], team.size)):
             if splits is None:
                 splits = train.load_splits(stack[0], args["data_dir"], device)
             tracked = []
             done = train_or_halve(stack, splits, device, args["track"], tracked)
+            done = [{**row, **run, "id": train.run_id(run)} for row in done for run in firsts[row["id"]]]
             if tracked:         # first, so that a run whose row is there is tracked; a reader takes the newer of two
                 train.append_rows(args["out"] / rows_file("track", team.rank), tracked)
             train.append_rows(args["out"] / rows_file("runs", team.rank), done)
@@ -611,6 +616,11 @@ def missing_runs(args, given, curves, rows):
                 best = min(known, key=lambda k: known[k][0])
                 hint = best, max(stable, default=best)
     return missing
+
+
+def coincident(run):
+    """The run whose row this one shares to the last bit: at the base width all parameterizations are one."""
+    return {**run, "param": "sp", "alpha": 0.0} if run["width"] == run["base_width"] else run
 
 
 def replay(cell, done, criterion, search):

@@ -1158,6 +1158,17 @@ def test_rows_are_those_of_train_py(swept):
     assert results(alone_row) == results(row)
 
 
+def test_runs_that_coincide_at_the_base_width_are_trained_once(tmp_path, monkeypatch):
+    trained, real = [], train.train
+    monkeypatch.setattr(train, "train", lambda runs, *args, **kwargs: trained.extend(runs) or real(runs, *args, **kwargs))
+    flags = [*TINY[:TINY.index("--seeds")], "--seeds", "1", "--lrs", "0.1", "--param", "sp", "mup", "--loss", "ce"]
+    assert run_script("sweep.py", *flags, "--out", tmp_path, "--no-plots").returncode == 0
+    rows = {(row["width"], row["param"]): row for row in sweep.read_rows(tmp_path).values()}
+    assert len(rows) == 4 and [(run["width"], run["param"]) for run in trained] == [(8, "sp"), (16, "sp"), (16, "mup")]
+    alone_row, = real([{name: rows[8, "mup"][name] for name in train.SETTINGS}])
+    assert results(alone_row) == results(rows[8, "mup"])
+
+
 def test_tracked_norms_are_those_of_the_run_alone(small_data):
     run, tracked = dict(SMALL, lr=0.3, steps=1, seed=3, dtype="float64"), []
     train.train([dict(run, lr=0.1), run], small_data[torch.float64], track=1, tracked=tracked)

@@ -295,7 +295,7 @@ class Tokens:
     def __init__(self, pieces, vocabulary):
         self.pieces, self.vocabulary = pieces, vocabulary
         self.ends = np.cumsum([piece.count for piece in pieces])
-        self._map = functools.lru_cache(256)(       # fewer than a process may hold open
+        self._map = functools.lru_cache(512)(       # fewer than a process may hold open
             lambda i: np.memmap(pieces[i].path, pieces[i].dtype, "r", pieces[i].offset, (pieces[i].count,)))
 
     def __len__(self):
@@ -580,32 +580,38 @@ def clip_(grads, largest):
 
 def update_(stack, grads, config, factor, step):
     """One step of torch.optim.SGD or AdamW on every replica; factor is the schedule's, step counts from zero."""
-    for i, (w, g) in enumerate(zip(stack["weights"], grads)):
-        lr, decay = factor * stack["lr"][i], stack["weight_decay"][i]
-        if config["optimizer"] == "sgd":
-            g = g + decay * w if config["weight_decay"] else g
-            g = stack["first"][i].mul_(config["momentum"]).add_(g) if config["momentum"] else g
-            w.sub_(lr * g)
-        else:
-            adamw_(w, g, stack["first"][i], stack["second"][i], lr, decay, stack["eps"][i], config, step)
+    lrs = [factor * lr for lr in stack["lr"]]
+    if config["optimizer"] == "adam":
+        return adamw_(stack, grads, lrs, config, step)
+    for i, (w, g, lr, decay) in enumerate(zip(stack["weights"], grads, lrs, stack["weight_decay"])):
+        g = g + decay * w if config["weight_decay"] else g
+        g = stack["first"][i].mul_(config["momentum"]).add_(g) if config["momentum"] else g
+        w.sub_(lr * g)
 
 
-def adamw_(w, g, m, v, lr, decay, eps, config, step):
-    """AdamW on one tensor of every replica (R, *shape), m and v its moments; lr, decay and eps (R, 1, ...)."""
-    beta1, beta2 = config["beta1"], config["beta2"]
-    if w.is_cpu and w[0].numel() >= 2 ** 16:    # torch's fused kernel: one pass over memory instead of ten, but one LR a call
-        count = torch.tensor(step + 1.0)
+def adamw_(stack, grads, lrs, config, step):
+    """AdamW on every tensor of every replica (R, *shape); lrs, weight decays and ε (R, 1, ...)."""
+    beta1, beta2, narrow = config["beta1"], config["beta2"], []
+    for tensors in zip(stack["weights"], grads, stack["first"], stack["second"], lrs, stack["weight_decay"], stack["eps"]):
+        w, g, m, v, lr, decay, eps = tensors
+        if not w.is_cpu or w[0].numel() < 2 ** 16:
+            narrow.append(tensors)
+            continue
+        count = torch.tensor(step + 1.0)        # torch's fused kernel: one pass over memory instead of ten, but one LR a call
         for r, values in enumerate(zip(lr.flatten().tolist(), decay.flatten().tolist(), eps.flatten().tolist())):
             torch._fused_adamw_([w[r]], [g[r].contiguous()], [m[r]], [v[r]], [], [count], beta1=beta1, beta2=beta2,
                                 **dict(zip(("lr", "weight_decay", "eps"), values)), amsgrad=False, maximize=False)
-        return
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    root = math.sqrt(1 - beta2 ** (step + 1))
-    scale = v.sqrt().add_(root * eps)
-    if config["weight_decay"]:
-        w.mul_(1 - lr * decay)
-    w.addcmul_(torch.div(m, scale, out=scale), -lr * root / (1 - beta1 ** (step + 1)))
+    if narrow:
+        w, g, m, v, lr, decay, eps = map(list, zip(*narrow))
+        root = math.sqrt(1 - beta2 ** (step + 1))
+        torch._foreach_lerp_(m, g, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, g, g, 1 - beta2)
+        scale = torch._foreach_sqrt(v)
+        torch._foreach_add_(scale, torch._foreach_mul(eps, root))
+        if config["weight_decay"]:
+            torch._foreach_mul_(w, [1 - a * b for a, b in zip(lr, decay)])
+        torch._foreach_addcmul_(w, torch._foreach_div(m, scale), [-a * root / (1 - beta1 ** (step + 1)) for a in lr])
 
 
 def schedule(step, config):
