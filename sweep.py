@@ -195,7 +195,8 @@ def cell_of(rows, curve, width, seeds):
         return np.array([[diverged if row[name] is None else row[name] for row in line] for line in table]).reshape(ok.shape)
 
     return {"lr": np.array(lrs), "losses": np.where(ok, column("final_train_loss", DIVERGED), DIVERGED),
-            "accuracies": column("train_accuracy", 0.0), **{name: column(name, math.nan) for name in train.VALIDATION}, "chance": table[0][0]["chance_loss"] if lrs else math.nan}
+            "accuracies": column("train_accuracy", 0.0), **{name: column(name, math.nan) for name in train.VALIDATION},
+            "chance": table[0][0]["chance_loss"] if lrs else math.nan}
 
 
 def stability(cell, weights, criterion):

@@ -850,7 +850,8 @@ def finished_rows(runs, losses, hits, finals, diverged_at, splits, origin, ranks
     """The rows of runs from losses and hits (steps, R), finals {replica: validation} and diverged_at [step or None]."""
     config, tenth = runs[0], max(1, len(losses) // 10)
     columns = {"final_train_loss": losses[-tenth:].T.tolist(), "train_accuracy": hits[-tenth:].T.tolist()}
-    deterministic = origin["deterministic"] and ranks == 1 and (config["model"] != "gpt" or len(runs) == 1)     # attention differs under vmap
+    stacked_gpt = config["model"] == "gpt" and len(runs) > 1            # attention differs under vmap
+    deterministic = origin["deterministic"] and ranks == 1 and not stacked_gpt
     shared = {"failed": None, "chance_loss": chance_loss(config["loss"], splits.x if splits.y is None else splits.y, splits.classes),
               **origin, "deterministic": deterministic}
     return [{"id": run_id(run), **run,
@@ -898,7 +899,8 @@ def linear_net_rows(runs, splits, device, start):
         losses = finite(path.loss[-tenth - 1:-1].mean(0).tolist())          # as elsewhere, the losses before each step
         for r, loss, step in zip(chosen, losses, path.diverged_at.tolist()):
             results[r] = {"final_train_loss": loss if step < 0 else None, "diverged_at": step if step >= 0 else None}
-    shared = {**dict.fromkeys(("train_accuracy", *VALIDATION, "failed")), "chance_loss": splits.y.item() ** 2 / 2, **provenance(device),      # of the initial readout's mean, 0
+    shared = {**dict.fromkeys(("train_accuracy", *VALIDATION, "failed")),
+              "chance_loss": splits.y.item() ** 2 / 2, **provenance(device),        # of the initial readout's mean, 0
               "seconds": round((time.perf_counter() - start) / len(runs), 4)}
     return [{"id": run_id(run), **run, **results[r], **shared} for r, run in enumerate(runs)]
 
