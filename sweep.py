@@ -606,11 +606,12 @@ def missing_runs(args, given, curves, rows):
                    if train.run_id(run) not in rows]
             missing += new
             if args["search"] != "grid" and not args["lrs"]:
-                if new and not search({}) <= done.keys():
-                    break           # wider nets wait for this one's first points, which tell where to look
-                if not search({}) <= done.keys():
+                first = search({})
+                if not first <= done.keys():
+                    if new:
+                        break       # wider nets wait for this one's first points, which tell where to look
                     continue        # failed runs left holes in it: no hint from here
-                known = shown(cell, done, search({}), args["criterion"])
+                known = shown(cell, done, first, args["criterion"])
                 stable = [k for k in known if known[k][1]]
                 if new and not stable:
                     break
@@ -713,23 +714,30 @@ def progress_line(args, given, curves, rows):
 
     The time left weighs each run by its number of parameters; a coarse-to-fine search is taken to need half the grid.
     """
-    cost, planned, before = {}, {}, len(rows)
+    cost, planned = {}, {}
     for width in args["widths"]:
         cost[width] = train.replica_size(runs_of(given, curves[0], width, 1.0, 1)[0])[0]
         planned[width] = sum(args["seeds"] * expected_lrs(args, curve) for curve in curves)
     start, shown = time.monotonic(), [0.0]
-    first = {key: row["width"] for key, row in rows.items()}
+
+    def runs_and_cost():
+        ran = {width: sum(row["width"] == width for row in rows.values()) for width in cost}
+        return ran, sum(cost[width] * ran[width] for width in cost)
+
+    ran_before, cost_before = runs_and_cost()
 
     def report(width):
-        ran = {w: sum(row["width"] == w for row in rows.values()) for w in cost}
-        seconds, done = time.monotonic() - start, sum(ran.values())
-        total = sum(max(planned[w], ran[w]) for w in cost)
-        spent = sum(cost[w] * ran[w] for w in cost) - sum(cost.get(w, 0) for w in first.values())
+        seconds = time.monotonic() - start
+        if not sys.stderr.isatty() and seconds - shown[0] < 60:
+            return
+        ran, spent = runs_and_cost()
+        done, total = sum(ran.values()), sum(max(planned[w], ran[w]) for w in cost)
+        spent, new = spent - cost_before, done - sum(ran_before.values())
         left = seconds * sum(cost[w] * max(0, planned[w] - ran[w]) for w in cost) / spent if spent else 0
-        line = f"{done}/{total} runs, width {width}, {(done - before) / seconds:.1f} runs/s, {left // 60:.0f}:{left % 60:02.0f} left"
+        line = f"{done}/{total} runs, width {width}, {new / seconds:.1f} runs/s, {left // 60:.0f}:{left % 60:02.0f} left"
         if sys.stderr.isatty():
             print(f"\r{line:70}", end="", file=sys.stderr, flush=True)
-        elif seconds - shown[0] >= 60:
+        else:
             shown[0] = seconds
             print(line, file=sys.stderr, flush=True)
 
@@ -879,14 +887,14 @@ def main():
             return
         if team.size > 1 and args["track"]:
             tracks = read_rows(args["out"], "track*.jsonl")
-        report(args, given, curves, rows, tracks, shared)
+        write_summary(args, curves, rows, tracks, shared)
     if not args["no_plots"]:
         import plots        # matplotlib takes a second to load
         for path in plots.draw(args["out"]):
             print(path)
 
 
-def report(args, given, curves, rows, tracks, shared):
+def write_summary(args, curves, rows, tracks, shared):
     """Prints predicted beside measured exponents and writes summary.json."""
     found = list(rows.values())
     summary = {"command": " ".join(["python"] + sys.argv), "stable_if": args["stable_if"], "runs": len(rows),
