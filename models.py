@@ -130,7 +130,6 @@ def rotate(x, cos, sin):
 _ROTARY_TABLES = {}     # no buffers: those would be lost between the meta device and to_empty or functional_call
 
 
-@torch.compiler.assume_constant_result
 def rotary_table(context, dims, device, dtype):
     """cos and sin (context, 1, dims / 2) of the angles t θ_i, θ_i = 10000^(-2i / dims); made once per device and dtype."""
     key = context, dims, device, dtype
