@@ -295,27 +295,31 @@ class Tokens:
     def __init__(self, pieces, vocabulary):
         self.pieces, self.vocabulary = pieces, vocabulary
         self.ends = np.cumsum([piece.count for piece in pieces])
+        self.begins = [0, *self.ends.tolist()]
         self._map = functools.lru_cache(512)(       # fewer than a process may hold open
-            lambda i: np.memmap(pieces[i].path, pieces[i].dtype, "r", pieces[i].offset, (pieces[i].count,)))
+            lambda i: np.asarray(np.memmap(pieces[i].path, pieces[i].dtype, "r", pieces[i].offset, (pieces[i].count,))))
 
     def __len__(self):
         return int(self.ends[-1])
 
     def windows(self, starts, length):
         """Tokens (..., length), int64 on the CPU, from positions starts (...). ValueError on a token outside the vocabulary."""
-        rows = np.stack([self._window(start, length) for start in starts.flatten().tolist()]).astype(np.int64)
+        starts_, rows = starts.flatten().numpy(), np.empty((starts.numel(), length), np.int64)
+        for row, start, i in zip(rows, starts_.tolist(), np.searchsorted(self.ends, starts_, side="right").tolist()):
+            self._read(row, start, i)
         if rows.max() >= self.vocabulary:
             raise ValueError(f"token {rows.max()} in {self.pieces[0].path} or its neighbours is outside the vocabulary of "
                              f"{self.vocabulary}; give --vocab-size, or 0 to find it")
         return torch.from_numpy(rows).view(*starts.shape, length)
 
-    def _window(self, start, length):
-        i, parts = int(np.searchsorted(self.ends, start, side="right")), []
-        while length > 0:
-            begin = start - (self.ends[i] - self.pieces[i].count)
-            parts.append(self._map(i)[begin:begin + length])
-            start, length, i = start + len(parts[-1]), length - len(parts[-1]), i + 1
-        return np.concatenate(parts)
+    def _read(self, row, start, i):
+        """Fills row with the tokens from start on, which lies in piece i."""
+        done = 0
+        while done < len(row):
+            begin = start + done - self.begins[i]
+            part = self._map(i)[begin:begin + len(row) - done]
+            row[done:done + len(part)] = part
+            done, i = done + len(part), i + 1
 
     @functools.cached_property
     def frequencies(self):
@@ -521,20 +525,28 @@ def loss_and_derivative(loss, logits, y):
     return error.square().mean(-1), chi
 
 
-def stacked_forward(model, names, weights, x):
-    """Any model: logits (R, B, ..., C) of x (R, B, ...)."""
-    if len(weights[0]) == 1 and isinstance(model, models.GPT):      # vmap would lose fast attention; an MLP's rows depend on no stack
-        logits = functional_call(model, {name: w.squeeze(0) for name, w in zip(names, weights)}, (x[0],))[None]
-    else:
-        logits = vmap(lambda weights, x: functional_call(model, dict(zip(names, weights)), (x,)))(tuple(weights), x)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))      # losses are never taken in bfloat16
+def stacked_forward(model):
+    """forward(weights, x) of any model: logits (R, B, ..., C) of x (R, B, ...)."""
+    names = [name for name, _ in model.named_parameters()]
+    slots = [(model.get_submodule(path)._parameters, kind) for path, _, kind in (name.rpartition(".") for name in names)]
+
+    def forward(weights, x):
+        if len(weights[0]) == 1 and isinstance(model, models.GPT):      # vmap would lose fast attention; an MLP's rows depend on no stack
+            for (parameters, kind), w in zip(slots, weights):           # functional_call costs a tenth of a small model's step
+                parameters[kind] = w.squeeze(0)
+            logits = model(x[0])[None]
+        else:
+            logits = vmap(lambda weights, x: functional_call(model, dict(zip(names, weights)), (x,)))(tuple(weights), x)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))      # losses are never taken in bfloat16
+
+    return forward
 
 
-def gradients(model, names, weights, x, y, loss):
+def gradients(forward, weights, x, y, loss):
     """Any model: gradients [(R, *shape)], loss per sample (R, B, ...), logits (R, B, ..., C)."""
     with torch.enable_grad():
         leaves = [w.detach().requires_grad_() for w in weights]
-        logits = stacked_forward(model, names, leaves, x)
+        logits = forward(leaves, x)
         per_sample, chi = loss_and_derivative(loss, logits.detach(), y)     # replicas meet nowhere: one backward serves all
         grads = torch.autograd.grad(logits, leaves, chi)
     return grads, per_sample, logits.detach()
@@ -572,46 +584,60 @@ def mlp_gradients(weights, x, y, loss, relu, lr=None):
 
 def clip_(grads, largest):
     """Scales each replica's gradients to a joint norm of at most `largest`, as torch.nn.utils.clip_grad_norm_."""
-    norm = sum(g.flatten(1).square().sum(1) for g in grads).sqrt()      # (R,)
-    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-    for g in grads:
-        g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
+    norms = [torch.linalg.vector_norm(g, dim=tuple(range(1, g.ndim))) for g in grads]       # [(R,)]
+    factor = (largest / (torch.stack(norms).norm(dim=0) + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(grads, [factor.view(-1, *[1] * (g.ndim - 1)) for g in grads])
 
 
 def update_(stack, grads, config, factor, step):
-    """One step of torch.optim.SGD or AdamW on every replica; factor is the schedule's, step counts from zero."""
-    lrs = [factor * lr for lr in stack["lr"]]
+    """One step of torch.optim.SGD or AdamW on every replica, using up the gradients; factor is the schedule's, step counts
+    from zero."""
     if config["optimizer"] == "adam":
-        return adamw_(stack, grads, lrs, config, step)
-    for i, (w, g, lr, decay) in enumerate(zip(stack["weights"], grads, lrs, stack["weight_decay"])):
-        g = g + decay * w if config["weight_decay"] else g
-        g = stack["first"][i].mul_(config["momentum"]).add_(g) if config["momentum"] else g
-        w.sub_(lr * g)
+        return adamw_(stack, grads, config, factor, step)
+    if config["weight_decay"]:
+        torch._foreach_addcmul_(grads, stack["weights"], stack["weight_decay"])
+    if config["momentum"]:
+        torch._foreach_mul_(stack["first"], config["momentum"])
+        torch._foreach_add_(stack["first"], grads)
+        grads = stack["first"]
+    torch._foreach_addcmul_(stack["weights"], grads, [-factor * lr for lr in stack["lr"]])
 
 
-def adamw_(stack, grads, lrs, config, step):
-    """AdamW on every tensor of every replica (R, *shape); lrs, weight decays and ε (R, 1, ...)."""
-    beta1, beta2, narrow = config["beta1"], config["beta2"], []
-    for tensors in zip(stack["weights"], grads, stack["first"], stack["second"], lrs, stack["weight_decay"], stack["eps"]):
-        w, g, m, v, lr, decay, eps = tensors
-        if not w.is_cpu or w[0].numel() < 2 ** 16:
-            narrow.append(tensors)
-            continue
-        count = torch.tensor(step + 1.0)        # torch's fused kernel: one pass over memory instead of ten, but one LR a call
-        for r, values in enumerate(zip(lr.flatten().tolist(), decay.flatten().tolist(), eps.flatten().tolist())):
-            torch._fused_adamw_([w[r]], [g[r].contiguous()], [m[r]], [v[r]], [], [count], beta1=beta1, beta2=beta2,
-                                **dict(zip(("lr", "weight_decay", "eps"), values)), amsgrad=False, maximize=False)
-    if narrow:
-        w, g, m, v, lr, decay, eps = map(list, zip(*narrow))
-        root = math.sqrt(1 - beta2 ** (step + 1))
-        torch._foreach_lerp_(m, g, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, g, g, 1 - beta2)
-        scale = torch._foreach_sqrt(v)
-        torch._foreach_add_(scale, torch._foreach_mul(eps, root))
-        if config["weight_decay"]:
-            torch._foreach_mul_(w, [1 - a * b for a, b in zip(lr, decay)])
-        torch._foreach_addcmul_(w, torch._foreach_div(m, scale), [-a * root / (1 - beta1 ** (step + 1)) for a in lr])
+def adamw_(stack, grads, config, factor, step):
+    """AdamW on every tensor of every replica (R, *shape).
+
+    On the CPU by torch's fused kernel, which reads memory once but takes one LR a call: one call for all that share theirs.
+    """
+    beta1, beta2 = config["beta1"], config["beta2"]
+    if grads[0].is_cpu:
+        if "calls" not in stack:
+            stack["calls"] = fused_calls(stack)
+        count, grads = torch.tensor(step + 1.0), [g.contiguous().unbind() for g in grads]
+        for (lr, decay, eps), members, w, m, v in stack["calls"]:
+            torch._fused_adamw_(w, [grads[i][r] for i, r in members], m, v, [], [count] * len(w), lr=factor * lr, beta1=beta1,
+                                beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False)
+        return
+    lrs = [factor * lr for lr in stack["lr"]]
+    w, m, v = stack["weights"], stack["first"], stack["second"]
+    root = math.sqrt(1 - beta2 ** (step + 1))
+    torch._foreach_lerp_(m, grads, 1 - beta1)
+    torch._foreach_mul_(v, beta2)
+    torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+    scale = torch._foreach_sqrt(v)
+    torch._foreach_add_(scale, torch._foreach_mul(stack["eps"], root))
+    if config["weight_decay"]:
+        torch._foreach_mul_(w, [1 - a * b for a, b in zip(lrs, stack["weight_decay"])])
+    torch._foreach_addcmul_(w, torch._foreach_div(m, scale), [-a * root / (1 - beta1 ** (step + 1)) for a in lrs])
+
+
+def fused_calls(stack):
+    """[((lr, weight decay, ε), [(tensor, replica)], weights, first and second moments)] of all (tensor, replica) that share those."""
+    groups = {}
+    for i, values in enumerate(zip(*(stack[key] for key in ("lr", "weight_decay", "eps")))):
+        for r, key in enumerate(zip(*(value.flatten().tolist() for value in values))):
+            groups.setdefault(key, []).append((i, r))
+    return [(key, members, *([stack[kind][i][r] for i, r in members] for kind in ("weights", "first", "second")))
+            for key, members in groups.items()]
 
 
 def schedule(step, config):
@@ -630,6 +656,9 @@ def samples_of(config):
     return config["batch_size"] * (config["context"] if config["model"] == "gpt" else 1)
 
 
+CPU_MEMORY = 2 ** 30        # bytes that a stack of several replicas may take on the CPU
+
+
 def replica_size(config):
     """(parameters, bytes of memory) of one replica: weights, optimizer state, gradients, activations and batches."""
     if config["model"] == "linear_net":
@@ -645,9 +674,9 @@ def replica_size(config):
 def stacks(runs, device="cpu", size="auto", shares=1):
     """Groups configurations into lists that `train` can take, each of at most `size` runs, enough of them for `shares` ranks.
 
-    auto: on the CPU as many replicas as keep weights, and Adam's gradients and moments, near the cache (8M numbers in
-    all, at most 64; one GPT, where stacked attention loses); on CUDA as many as fit into half of the free memory (at most
-    256). One at least.
+    auto: on the CPU as many replicas as keep their weights in the cores' own caches, 2 MB of them for each thread or one
+    replica, at most 64 in all and no more than fit into CPU_MEMORY; but one GPT, where stacked attention loses. On CUDA as many
+    as fit into half of the free memory, at most 256. One at least.
     """
     groups = {}
     for run in runs:
@@ -655,15 +684,18 @@ def stacks(runs, device="cpu", size="auto", shares=1):
         groups.setdefault((*shared, run["weight_decay"] > 0), []).append(run)      # decay takes another path, with other rounding
     for group in groups.values():
         parameters, memory = replica_size(group[0])
+        unit = 1
         if size != "auto":
             limit = size
         elif torch.device(device).type == "cuda":
             limit = min(256, torch.cuda.mem_get_info(device)[0] // 2 // memory)
         else:
-            copies = {"sgd": 1, "adam": 4}[group[0]["optimizer"]]       # weights, gradients, two moments
-            limit = 1 if group[0]["model"] == "gpt" else min(64, 2 ** 23 // (copies * parameters))
-        parts = max(math.ceil(len(group) / max(1, limit)), min(shares, len(group)))
-        bounds = [len(group) * i // parts for i in range(parts + 1)]       # parts of equal size, to one run
+            threads = torch.get_num_threads()       # they share a stack's products out by replicas
+            limit = 1 if group[0]["model"] == "gpt" else min(64, CPU_MEMORY // memory, threads * max(1, 2 ** 19 // parameters))
+            unit = threads if limit >= threads else 1
+        units, most = math.ceil(len(group) / unit), max(1, limit // unit)
+        parts = max(math.ceil(units / most), min(shares, units))
+        bounds = [min(len(group), unit * (units * i // parts)) for i in range(parts + 1)]       # of equal size, to one unit
         yield from (group[a:b] for a, b in zip(bounds, bounds[1:]))
 
 
@@ -707,23 +739,24 @@ def optimizer_step(config, model, ranks=1):
     all ranks' shares of the batch. forward(weights, x) -> logits. The bias-free MLP takes the written-out backward pass,
     with plain SGD fused into it; everything else goes through autograd.
     """
-    names = [name for name, _ in model.named_parameters()]
     relu, loss, parts = config["activation"] == "relu", config["loss"], config["accumulate"]
     by_hand = config["model"] == "mlp" and not config["bias"] and config["dtype"] != "bfloat16"
     fused = by_hand and config["optimizer"] == "sgd" and parts == ranks == 1 and not (
         config["momentum"] or config["weight_decay"] or config["clip"])
 
+    general = None if by_hand else stacked_forward(model)
+
     def forward(weights, x):
-        return mlp_forward(weights, x, relu)[-1] if by_hand else stacked_forward(model, names, weights, x)
+        return mlp_forward(weights, x, relu)[-1] if by_hand else general(weights, x)
 
     def advance(stack, x, y, step):
         factor, total, losses, hits = schedule(step, config), None, [], []
         for x, y in zip(x.chunk(parts, 1), y.chunk(parts, 1)):
             if by_hand:
-                lr = [factor * lr for lr in stack["lr"]] if fused else None
+                lr = (stack["lr"] if factor == 1 else [factor * lr for lr in stack["lr"]]) if fused else None
                 grads, per_sample, logits = mlp_gradients(stack["weights"], x, y, loss, relu, lr)
             else:
-                grads, per_sample, logits = gradients(model, names, stack["weights"], x, y, loss)
+                grads, per_sample, logits = gradients(general, stack["weights"], x, y, loss)
             losses.append(per_sample.flatten(1).mean(1))
             hits.append((logits.argmax(-1) == y).to(losses[0].dtype).flatten(1).mean(1))
             total = grads if total is None or fused else [a.add_(b) for a, b in zip(total, grads)]
@@ -809,19 +842,19 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
                     for replica, offset in zip(alive[~stays].tolist(), first[~stays].tolist()):
                         diverged_at[replica] = checked + offset
                     alive, order_of = alive[stays], order_of[stays.to(order_of.device)]
-                    stack = {key: [tensor[stays] for tensor in tensors] for key, tensors in stack.items()}
+                    stack = {key: [tensor[stays] for tensor in tensors] for key, tensors in stack.items() if key != "calls"}
                 checked = done
                 if progress:
                     progress(done, len(alive))
                 if len(alive) == 0:
                     break
                 if checkpoint and done % every == 0 and not last and rank == 0:
-                    save_checkpoint(checkpoint, {"ids": [run_id(run) for run in runs], "done": done, "stack": stack,
-                                                 "losses": losses[:done], "hits": hits[:done], "alive": alive,
-                                                 "diverged_at": diverged_at, "tracked": tracked})
+                    state = {key: tensors for key, tensors in stack.items() if key != "calls"}
+                    save_checkpoint(checkpoint, {"ids": [run_id(run) for run in runs], "done": done, "stack": state, "losses": losses[:done],
+                                                 "hits": hits[:done], "alive": alive, "diverged_at": diverged_at, "tracked": tracked})
         finals = dict.fromkeys(range(len(runs)), dict.fromkeys(VALIDATION))
         if len(alive):
-            chunk = config["batch_size"] // config["accumulate"] if config["model"] == "gpt" else 256
+            chunk = max(config["batch_size"] // config["accumulate"], 2048 // config["context"]) if config["model"] == "gpt" else 256
             values = evaluate(lambda x: forward(stack["weights"], x.expand(len(alive), *x.shape)), splits, config["loss"], len(alive), chunk)
             finals.update(zip(alive.tolist(), values))
     seconds = round((time.perf_counter() - start) / len(runs), 4)
