@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import math
 import os
@@ -1810,6 +1811,22 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(settings):
     (whole,), (parts,) = (train.train([dict(config, accumulate=n)], splits) for n in (1, 4))
     for name in ("final_train_loss", "train_accuracy", "val_loss", "logit_rms"):
         assert parts[name] == pytest.approx(whole[name], rel=1e-10)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "adam"}, {"hidden_layers": 7}, {"model": "gpt"}], ids=str)
+def test_stacks_hold_every_run_once_share_them_evenly_and_keep_to_the_memory_that_is_stated(monkeypatch, threads, settings):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    together = []
+    for width, count, shares in itertools.product((32, 128, 512, 4096), (1, 7, 46, 200), (1, 3)):
+        runs = [train.configure(dict(settings, width=width, seed=seed)) for seed in range(count)]
+        parts = list(train.stacks(runs, "cpu", "auto", shares))
+        assert sum(parts, []) == runs and all(parts) and len(parts) >= min(shares, count // threads)
+        longest = max(map(len, parts))
+        assert longest == 1 or (longest <= 64 and (longest + 1) * train.replica_size(runs[0])[1] <= train.CPU_MEMORY)
+        assert longest - min(map(len, parts)) < max(2, 2 * threads)
+        together.append(longest)
+    assert max(together) == 1 if "model" in settings else max(together) > threads       # a GPT's attention loses in a stack
 
 
 def test_rows_say_where_their_bits_depend_on_the_stack(small_data):

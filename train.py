@@ -500,6 +500,7 @@ def stack_runs(runs, model, base, roles, device, dtype):
         for weights, initial in zip(stack["weights"], source):
             weights[r].copy_(initial)
         drawn.setdefault(key, r)
+        del source      # before the next one is drawn
     of_run = [{name: group for group in replica_groups(run, model, base, roles) for name in group["names"]} for run in runs]
     for key in ("lr", "weight_decay", "eps"):
         stack[key] = [torch.tensor([groups[name][key] for groups in of_run], dtype=dtype, device=device)
@@ -577,7 +578,7 @@ def mlp_gradients(weights, x, y, loss, relu, lr=None):
         else:
             weights[l].baddbmm_(delta.mul_(-lr[l]).mT, inputs[l])
         if relu and l > 0:
-            below = torch.ops.aten.threshold_backward(below, inputs[l], 0)
+            below = torch.ops.aten.threshold_backward.default(below, inputs[l], 0)
         delta = below
     return (grads if lr is None else None), per_sample, logits
 
@@ -651,12 +652,17 @@ def schedule(step, config):
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
+def last_tenth(steps):
+    """The step from which on losses and accuracies count: rows hold their means over the last tenth."""
+    return steps - max(1, steps // 10)
+
+
 def samples_of(config):
     """Samples of a step, or tokens."""
     return config["batch_size"] * (config["context"] if config["model"] == "gpt" else 1)
 
 
-CPU_MEMORY = 2 ** 30        # bytes that a stack of several replicas may take on the CPU
+CPU_MEMORY = 2 ** 30        # bytes that a stack of several replicas may take on the CPU, one more than its replicas for drawing them
 
 
 def replica_size(config):
@@ -666,7 +672,7 @@ def replica_size(config):
     model, _, _ = build(config)
     parameters = sum(p.numel() for p in model.parameters())
     plain = not (config["momentum"] or config["weight_decay"] or config["clip"] or config["model"] == "gpt")
-    copies = {"sgd": 1 if plain else 3, "adam": 6}[config["optimizer"]]
+    copies = {"sgd": 1 if plain else 3, "adam": 6}[config["optimizer"]] + (config["accumulate"] > 1)
     floats = copies * parameters + samples_of(config) // config["accumulate"] * 3 * sum(sum(p.shape) for p in model.parameters())
     return parameters, floats * (8 if config["dtype"] == "float64" else 4)
 
@@ -691,7 +697,7 @@ def stacks(runs, device="cpu", size="auto", shares=1):
             limit = min(256, torch.cuda.mem_get_info(device)[0] // 2 // memory)
         else:
             threads = torch.get_num_threads()       # they share a stack's products out by replicas
-            limit = 1 if group[0]["model"] == "gpt" else min(64, CPU_MEMORY // memory, threads * max(1, 2 ** 19 // parameters))
+            limit = 1 if group[0]["model"] == "gpt" else min(64, CPU_MEMORY // memory - 1, threads * max(1, 2 ** 19 // parameters))
             unit = threads if limit >= threads else 1
         units, most = math.ceil(len(group) / unit), max(1, limit // unit)
         parts = max(math.ceil(units / most), min(shares, units))
@@ -716,7 +722,7 @@ def data_order(seeds, size, config, device):
 def batch(splits, index, context):
     """(x, y) of samples index (R, B): rows of the data, or windows of text that begin at those tokens and the tokens after."""
     if splits.y is not None:
-        return splits.x[index], splits.y[index]                                 # (R, B, D), (R, B)
+        return F.embedding(index, splits.x), splits.y[index]                    # (R, B, D), (R, B); x[index] takes twice as long
     windows = splits.x.windows(index, context + 1)                              # (R, B, T + 1)
     device = splits.x_val.device
     windows = windows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else windows
@@ -735,9 +741,9 @@ def average_(tensors):
 def optimizer_step(config, model, ranks=1):
     """(advance, forward) for a stack of this configuration.
 
-    advance(stack, x, y, step) makes one optimizer step in place and returns the mean loss and accuracy (R,) before it, of
-    all ranks' shares of the batch. forward(weights, x) -> logits. The bias-free MLP takes the written-out backward pass,
-    with plain SGD fused into it; everything else goes through autograd.
+    advance(stack, x, y, step) makes one optimizer step in place and returns [mean loss (R,)] before it, of all ranks' shares
+    of the batch; from `last_tenth` on [mean loss, accuracy]. forward(weights, x) -> logits. The bias-free MLP takes the
+    written-out backward pass, with plain SGD fused into it; everything else goes through autograd.
     """
     relu, loss, parts = config["activation"] == "relu", config["loss"], config["accumulate"]
     by_hand = config["model"] == "mlp" and not config["bias"] and config["dtype"] != "bfloat16"
@@ -750,17 +756,17 @@ def optimizer_step(config, model, ranks=1):
         return mlp_forward(weights, x, relu)[-1] if by_hand else general(weights, x)
 
     def advance(stack, x, y, step):
-        factor, total, losses, hits = schedule(step, config), None, [], []
+        factor, total, values = schedule(step, config), None, []
         for x, y in zip(x.chunk(parts, 1), y.chunk(parts, 1)):
             if by_hand:
                 lr = (stack["lr"] if factor == 1 else [factor * lr for lr in stack["lr"]]) if fused else None
                 grads, per_sample, logits = mlp_gradients(stack["weights"], x, y, loss, relu, lr)
             else:
                 grads, per_sample, logits = gradients(general, stack["weights"], x, y, loss)
-            losses.append(per_sample.flatten(1).mean(1))
-            hits.append((logits.argmax(-1) == y).to(losses[0].dtype).flatten(1).mean(1))
+            per_sample = [per_sample, logits.argmax(-1) == y] if step >= last_tenth(config["steps"]) else [per_sample]
+            values.append([value.to(logits.dtype).flatten(1).mean(1) for value in per_sample])
             total = grads if total is None or fused else [a.add_(b) for a, b in zip(total, grads)]
-        means = [torch.stack(values).mean(0) if parts > 1 else values[0] for values in (losses, hits)]
+        means = [torch.stack(value).mean(0) for value in zip(*values)] if parts > 1 else values[0]
         if not fused:
             if parts > 1:
                 torch._foreach_div_(total, parts)
@@ -831,7 +837,8 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
     with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, config["dtype"] == "bfloat16", cache_enabled=False):
         for step in range(checked, steps):
             x, y = batch(splits, order[order_of, step], config["context"])
-            losses[step, alive], hits[step, alive] = advance(stack, x, y, step)
+            for record, values in zip((losses, hits), advance(stack, x, y, step)):
+                record[step, alive] = values
             done, last = step + 1, step + 1 == steps
             if track and (done <= 20 or done % track == 0 or last):
                 measure(done, alive, stack["weights"])
@@ -842,7 +849,10 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
                     for replica, offset in zip(alive[~stays].tolist(), first[~stays].tolist()):
                         diverged_at[replica] = checked + offset
                     alive, order_of = alive[stays], order_of[stays.to(order_of.device)]
-                    stack = {key: [tensor[stays] for tensor in tensors] for key, tensors in stack.items() if key != "calls"}
+                    stack.pop("calls", None)
+                    for tensors in stack.values():
+                        for i, tensor in enumerate(tensors):        # one by one: never the whole stack twice
+                            tensors[i] = tensor[stays]
                 checked = done
                 if progress:
                     progress(done, len(alive))
@@ -881,14 +891,14 @@ def prepare(runs, splits, device, data_dir, ranks):
 
 def finished_rows(runs, losses, hits, finals, diverged_at, splits, origin, ranks=1):
     """The rows of runs from losses and hits (steps, R), finals {replica: validation} and diverged_at [step or None]."""
-    config, tenth = runs[0], max(1, len(losses) // 10)
-    columns = {"final_train_loss": losses[-tenth:].T.tolist(), "train_accuracy": hits[-tenth:].T.tolist()}
+    config, late = runs[0], slice(last_tenth(len(losses)), None)
+    columns = {"final_train_loss": losses[late].T.tolist(), "train_accuracy": hits[late].T.tolist()}
     stacked_gpt = config["model"] == "gpt" and len(runs) > 1            # attention differs under vmap
     deterministic = origin["deterministic"] and ranks == 1 and not stacked_gpt
     shared = {"failed": None, "chance_loss": chance_loss(config["loss"], splits.x if splits.y is None else splits.y, splits.classes),
               **origin, "deterministic": deterministic}
     return [{"id": run_id(run), **run,
-             **{name: math.fsum(column[r]) / tenth if diverged_at[r] is None else None for name, column in columns.items()},
+             **{name: math.fsum(column[r]) / len(column[r]) if diverged_at[r] is None else None for name, column in columns.items()},
              **finals[r], "diverged_at": diverged_at[r], **shared} for r, run in enumerate(runs)]
 
 
@@ -928,8 +938,7 @@ def linear_net_rows(runs, splits, device, start):
         path = models.linear_net(config["width"], lr, config["steps"], parameterization, seed, alpha, config["base_width"],
                                  splits.x.item(), splits.y.item(), weight_decay, lambda step: schedule(step, config),
                                  config["label_noise"])
-        tenth = max(1, config["steps"] // 10)
-        losses = finite(path.loss[-tenth - 1:-1].mean(0).tolist())          # as elsewhere, the losses before each step
+        losses = finite(path.loss[last_tenth(config["steps"]):-1].mean(0).tolist())          # as elsewhere, the losses before each step
         for r, loss, step in zip(chosen, losses, path.diverged_at.tolist()):
             results[r] = {"final_train_loss": loss if step < 0 else None, "diverged_at": step if step >= 0 else None}
     shared = {**dict.fromkeys(("train_accuracy", *VALIDATION, "failed")),

@@ -361,6 +361,39 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path):
     assert [path.suffix for path in out.iterdir()] == [".jsonl"]
 
 
+MEASURE_MEMORY = """
+import json, sys
+import train, torch
+torch.set_num_threads(2)
+
+def resident(kind):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(kind))
+
+run, splits = json.loads(sys.argv[1]), train.load_data("multi_index", val_size=300)
+train.train([dict(run, width=8)], splits)                       # what libraries keep for themselves
+open("/proc/self/clear_refs", "w").write("5")                   # the peak begins anew
+before, (_, memory) = resident("VmRSS"), train.replica_size(train.configure(run))
+stack = next(train.stacks([train.configure(dict(run, lr=lr, seed=i)) for i, lr in enumerate([1e-3, 1e9, 1e-3, 1e-3])]))
+rows = train.train(stack, splits)
+print(json.dumps([len(stack), resident("VmHWM") - before, memory, 4 * train.replica_size(stack[0])[0],
+                  sum(row["diverged_at"] is not None for row in rows), train.CPU_MEMORY]))
+"""
+
+
+@pytest.mark.parametrize("settings", [
+    dict(width=4096), dict(width=2048, momentum=0.9, weight_decay=0.1, clip=1.0, accumulate=2), dict(width=2048, optimizer="adam"),
+    dict(width=4096, optimizer="adam", hidden_layers=2)], ids=lambda settings: "-".join(map(str, settings.values())))
+def test_the_memory_of_a_stack_stays_within_what_is_stated(settings):
+    told = json.dumps(dict(settings, steps=6))
+    result = subprocess.run([sys.executable, "-c", MEASURE_MEMORY, told], cwd=HERE, capture_output=True, text=True)
+    replicas, peak, memory, weights, diverged, budget = json.loads(result.stdout)
+    assert replicas * weights < peak < (replicas + 1) * memory      # one more than its replicas while they are drawn
+    if replicas > 1:
+        assert (replicas + 1) * memory <= budget and diverged       # a replica left, and the others were copied
+    else:
+        assert 3 * memory > budget
+
+
 def test_no_row_was_lost_duplicated_or_different(capsys):
     faults = {}
     for fault, *counts in TABLE:
