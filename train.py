@@ -516,10 +516,10 @@ def loss_and_derivative(loss, logits, y):
     samples, index = y[0].numel(), y.unsqueeze(-1)
     if loss == "ce":
         log_p = logits.log_softmax(-1)
-        chi = log_p.exp().scatter_add_(-1, index, log_p.new_full((), -1.0).expand(index.shape))     # softmax - one-hot
+        chi = log_p.exp().scatter_(-1, index, -1.0, reduce="add")     # softmax - one-hot
         return -log_p.gather(-1, index).squeeze(-1), chi.div_(samples)
     p = logits.softmax(-1) if loss == "brier" else logits
-    error = p.scatter_add(-1, index, p.new_full((), -1.0).expand(index.shape))
+    error = p.scatter(-1, index, -1.0, reduce="add")
     chi = error * (2 / p.shape[-1] / samples)
     if loss == "brier":
         chi = p * (chi - (p * chi).sum(-1, keepdim=True))       # through the softmax
@@ -576,7 +576,7 @@ def mlp_gradients(weights, x, y, loss, relu, lr=None):
         if lr is None:
             grads[l] = torch.bmm(delta.mT, inputs[l])
         else:
-            weights[l].baddbmm_(delta.mul_(-lr[l]).mT, inputs[l])
+            weights[l].baddbmm_(delta.mul_(lr[l]).mT, inputs[l], alpha=-1)
         if relu and l > 0:
             below = torch.ops.aten.threshold_backward.default(below, inputs[l], 0)
         delta = below
