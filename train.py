@@ -563,18 +563,19 @@ def mlp_forward(weights, x, relu):
     return outputs
 
 
-def mlp_gradients(weights, x, y, loss, relu, lr=None):
+def mlp_gradients(weights, x, y, loss, relu, lr=None, out=None):
     """Bias-free MLP, the textbook backward pass: gradients [(R, *shape)], loss per sample (R, B), logits (R, B, C).
 
-    With lr [(R, 1, 1)] the gradients are not stored: W <- W - lr δᵀh in the product itself, and None is returned.
+    With lr [(R, 1, 1)] the gradients are not stored: W <- W - lr δᵀh in the product itself, and None is returned. out:
+    tensors to hold the gradients; new ones at every step would cost more than AdamW does, in pages that the system clears.
     """
     *inputs, logits = mlp_forward(weights, x, relu)
     per_sample, delta = loss_and_derivative(loss, logits, y)        # δ = dloss/d(W h)
-    grads = [None] * len(weights)
+    grads = out or [None] * len(weights)
     for l in reversed(range(len(weights))):
         below = torch.bmm(delta, weights[l]) if l > 0 else None     # with W before its update
         if lr is None:
-            grads[l] = torch.bmm(delta.mT, inputs[l])
+            grads[l] = torch.bmm(delta.mT, inputs[l], out=grads[l])
         else:
             weights[l].baddbmm_(delta.mul_(lr[l]).mT, inputs[l], alpha=-1)
         if relu and l > 0:
@@ -760,7 +761,10 @@ def optimizer_step(config, model, ranks=1):
         for x, y in zip(x.chunk(parts, 1), y.chunk(parts, 1)):
             if by_hand:
                 lr = (stack["lr"] if factor == 1 else [factor * lr for lr in stack["lr"]]) if fused else None
-                grads, per_sample, logits = mlp_gradients(stack["weights"], x, y, loss, relu, lr)
+                if not fused and "grads" not in stack:
+                    stack["grads"] = [torch.empty_like(w) for w in stack["weights"]]
+                out = stack["grads"] if not fused and total is None else None
+                grads, per_sample, logits = mlp_gradients(stack["weights"], x, y, loss, relu, lr, out)
             else:
                 grads, per_sample, logits = gradients(general, stack["weights"], x, y, loss)
             per_sample = [per_sample, logits.argmax(-1) == y] if step >= last_tenth(config["steps"]) else [per_sample]
@@ -859,7 +863,7 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
                 if len(alive) == 0:
                     break
                 if checkpoint and done % every == 0 and not last and rank == 0:
-                    state = {key: tensors for key, tensors in stack.items() if key != "calls"}
+                    state = {key: tensors for key, tensors in stack.items() if key not in ("calls", "grads")}      # these are made anew
                     save_checkpoint(checkpoint, {"ids": [run_id(run) for run in runs], "done": done, "stack": state, "losses": losses[:done],
                                                  "hits": hits[:done], "alive": alive, "diverged_at": diverged_at, "tracked": tracked})
         finals = dict.fromkeys(range(len(runs)), dict.fromkeys(VALIDATION))
