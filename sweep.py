@@ -677,7 +677,9 @@ class Team:
     def __init__(self):
         self.store, self.rank, self.size, self.round, self.meetings = None, 0, 1, 0, 0
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            self.store, self.rank, self.size = next(torch.distributed.rendezvous("env://"))
+            store, self.rank, self.size = next(torch.distributed.rendezvous("env://"))
+            # ranks that torchrun started again find the store of those before them, with their counters in it
+            self.store = torch.distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             self.store.set_timeout(datetime.timedelta(days=365))        # a rank that dies ends the others through torchrun
 
     def share(self, stacks):
