@@ -1838,6 +1838,17 @@ def test_rows_say_where_their_bits_depend_on_the_stack(small_data):
     assert [row["deterministic"] for row in train.train(runs)] == [False, False] and train.train(runs[:1])[0]["deterministic"]
 
 
+def test_ranks_that_torchrun_started_again_share_all_stacks_out_anew(monkeypatch):
+    store, stacks = torch.distributed.HashStore(), [[{"width": 8}], [{"width": 16}]]        # the store outlives the ranks
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(store, 0, 1)]))
+    for attempt in "012":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        team = sweep.Team()
+        assert list(team.share(stacks)) == stacks[::-1] and list(team.share(stacks)) == stacks[::-1]     # two rounds
+        team.meet()
+
+
 def test_every_row_says_where_it_comes_from(swept):
     out, _ = swept
     for id_, row in sweep.read_rows(out).items():
