@@ -1829,6 +1829,19 @@ def test_stacks_hold_every_run_once_share_them_evenly_and_keep_to_the_memory_tha
     assert max(together) == 1 if "model" in settings else max(together) > threads       # a GPT's attention loses in a stack
 
 
+def test_both_ways_to_take_an_adamw_step_agree_for_every_replica():
+    runs = [train.configure(dict(SMALL, optimizer="adam", dtype="float64", lr=lr, weight_decay=0.1, eps=eps, param=param))
+            for lr, eps, param in ((0.01, 1e-8, "sp"), (0.1, 1e-3, "mup"), (0.01, 1e-8, "sp"))]
+    fused, foreach = (train.stack_runs(runs, *train.build(runs[0]), "cpu", torch.float64) for _ in range(2))
+    for step in range(4):
+        grads = [torch.randn(w.shape, generator=seeded(step), dtype=torch.float64) for w in fused["weights"]]
+        train.fused_adamw_(fused, [g.clone() for g in grads], runs[0], 0.5, step)
+        train.foreach_adamw_(foreach, grads, runs[0], 0.5, step)
+        for kind in ("weights", "first", "second"):
+            for a, b in zip(fused[kind], foreach[kind]):
+                assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
+
+
 def test_rows_say_where_their_bits_depend_on_the_stack(small_data):
     biased = [dict(SMALL, bias=True, optimizer="adam", lr=lr) for lr in (0.001, 0.01, 0.1)]
     together = train.train(biased, small_data[torch.float32])

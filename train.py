@@ -489,6 +489,9 @@ def replica_init(run, model, base, roles, dtype):
     return [weights.detach() for weights in fresh.parameters()]
 
 
+SCRATCH = ("grads", "calls")        # entries of a stack that optimizer steps make anew where they are missing
+
+
 def stack_runs(runs, model, base, roles, device, dtype):
     """The stack of R runs: initial weights, and each replica's LR, weight decay and ε per tensor, as in param_groups."""
     names = [name for name, _ in model.named_parameters()]
@@ -595,6 +598,7 @@ def update_(stack, grads, config, factor, step):
     """One step of torch.optim.SGD or AdamW on every replica, using up the gradients; factor is the schedule's, step counts
     from zero."""
     if config["optimizer"] == "adam":
+        adamw_ = fused_adamw_ if grads[0].is_cpu else foreach_adamw_
         return adamw_(stack, grads, config, factor, step)
     if config["weight_decay"]:
         torch._foreach_addcmul_(grads, stack["weights"], stack["weight_decay"])
@@ -605,21 +609,20 @@ def update_(stack, grads, config, factor, step):
     torch._foreach_addcmul_(stack["weights"], grads, [-factor * lr for lr in stack["lr"]])
 
 
-def adamw_(stack, grads, config, factor, step):
-    """AdamW on every tensor of every replica (R, *shape).
+def fused_adamw_(stack, grads, config, factor, step):
+    """AdamW on every tensor of every replica (R, *shape), by torch's fused kernel: it reads memory once, but takes one LR a
+    call, so one call for all that share theirs."""
+    if "calls" not in stack:
+        stack["calls"] = fused_calls(stack)
+    count, grads = torch.tensor(step + 1.0), [g.contiguous().unbind() for g in grads]
+    for (lr, decay, eps), members, w, m, v in stack["calls"]:
+        torch._fused_adamw_(w, [grads[i][r] for i, r in members], m, v, [], [count] * len(w), lr=factor * lr, beta1=config["beta1"],
+                            beta2=config["beta2"], weight_decay=decay, eps=eps, amsgrad=False, maximize=False)
 
-    On the CPU by torch's fused kernel, which reads memory once but takes one LR a call: one call for all that share theirs.
-    """
-    beta1, beta2 = config["beta1"], config["beta2"]
-    if grads[0].is_cpu:
-        if "calls" not in stack:
-            stack["calls"] = fused_calls(stack)
-        count, grads = torch.tensor(step + 1.0), [g.contiguous().unbind() for g in grads]
-        for (lr, decay, eps), members, w, m, v in stack["calls"]:
-            torch._fused_adamw_(w, [grads[i][r] for i, r in members], m, v, [], [count] * len(w), lr=factor * lr, beta1=beta1,
-                                beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False)
-        return
-    lrs = [factor * lr for lr in stack["lr"]]
+
+def foreach_adamw_(stack, grads, config, factor, step):
+    """The same in a few calls however many replicas there are, each with its own LR."""
+    lrs, beta1, beta2 = [factor * lr for lr in stack["lr"]], config["beta1"], config["beta2"]
     w, m, v = stack["weights"], stack["first"], stack["second"]
     root = math.sqrt(1 - beta2 ** (step + 1))
     torch._foreach_lerp_(m, grads, 1 - beta1)
@@ -853,7 +856,7 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
                     for replica, offset in zip(alive[~stays].tolist(), first[~stays].tolist()):
                         diverged_at[replica] = checked + offset
                     alive, order_of = alive[stays], order_of[stays.to(order_of.device)]
-                    stack.pop("calls", None)
+                    stack = {key: tensors for key, tensors in stack.items() if key not in SCRATCH}
                     for tensors in stack.values():
                         for i, tensor in enumerate(tensors):        # one by one: never the whole stack twice
                             tensors[i] = tensor[stays]
@@ -863,7 +866,7 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
                 if len(alive) == 0:
                     break
                 if checkpoint and done % every == 0 and not last and rank == 0:
-                    state = {key: tensors for key, tensors in stack.items() if key not in ("calls", "grads")}      # these are made anew
+                    state = {key: tensors for key, tensors in stack.items() if key not in SCRATCH}
                     save_checkpoint(checkpoint, {"ids": [run_id(run) for run in runs], "done": done, "stack": state, "losses": losses[:done],
                                                  "hits": hits[:done], "alive": alive, "diverged_at": diverged_at, "tracked": tracked})
         finals = dict.fromkeys(range(len(runs)), dict.fromkeys(VALIDATION))
