@@ -530,36 +530,32 @@ def lattice(args, optimizer):
 def wanted(known, low, high, search, extensions, hint=None):
     """Lattice points to run next, a set; empty when the cell is done. A pure function of what is known.
 
-    known: {k: (mean loss, stable)}. grid: all of low..high. coarse-to-fine: every COARSE-th point, then halves of the gaps
-    beside the optimum, down to one step on its better side, and of the edge's bracket. hint = (optimum, edge) at a narrower
-    width replaces the coarse points by those near there, every second one unless the two are far apart, as long as one of
-    them is stable. Where the optimum lies at an end, or nothing above it is unstable, the grid grows.
+    known: {k: (mean loss, stable)}. grid: all of low..high. coarse-to-fine: every COARSE-th point, or a few around
+    hint = (optimum, edge) of a narrower width; then halves of the gaps beside the optimum, and of the edge's bracket, down
+    to one step. Where the optimum lies at an end, or nothing above it is unstable, the grid grows.
     """
     grid, reach = search == "grid", set(range(low - extensions * COARSE, high + extensions * COARSE + 1))
-    stride = 1 if grid else 2 if hint and max(hint) - hint[0] <= 2 * COARSE else COARSE
-    start = set(range(low, high + 1, 1 if grid else COARSE))
+    stride = 1 if grid or hint else COARSE
+    start = set(range(low, high + 1, stride))
     if hint and not grid:
-        near = reach & set(range(hint[0] - 3, max(hint) + stride, stride))
-        if not near <= known.keys() or any(known[k][1] for k in near):
-            start = near
+        optimum, edge = hint
+        start = reach & {optimum - 2, optimum - 1, optimum, edge - 1, edge + 1}
     if not start <= known.keys():
         return start - known.keys()
 
     ks = sorted(known)
     best = min(ks, key=lambda k: known[k][0])
+    diverged, lost = known[best][0] >= DIVERGED / 1e6, hint and not any(stable for _, stable in known.values())
     above = min((k for k in ks if k > best and not known[k][1]), default=None)      # smallest unstable
-    grown = range(stride, COARSE + 1, stride) if grid else (stride,)
-    want = {ks[0] - i for i in grown} & reach if best == ks[0] else set()
-    if best == ks[-1] or (known[best][1] and above is None):
+    grown = range(1, COARSE + 1) if grid else (stride,)
+    want = {ks[0] - i for i in grown} & reach if best == ks[0] or diverged or lost else set()
+    if not diverged and (best == ks[-1] or (known[best][1] and above is None)):
         want |= {ks[-1] + i for i in grown} & reach
-    if want or grid or known[best][0] >= DIVERGED / 1e6:
+    if want or grid or diverged:
         return want
     i = ks.index(best)
-    beside = ks[max(0, i - 1):i] + ks[i + 1:i + 2]
-    want = {(best + k) // 2 for k in beside if abs(best - k) > 2}
-    if not want and all(abs(best - k) > 1 for k in beside):
-        want = {(best + min(beside, key=lambda k: known[k][0])) // 2}
-    if above is not None:       # halves the edge's bracket; an optimum that is not stable may have a stable one above it
+    want = {(best + k) // 2 for k in ks[max(0, i - 1):i] + ks[i + 1:i + 2]}
+    if above is not None:       # an optimum that is not stable may have a stable LR above it
         want.add((max(k for k in ks if best <= k < above) + above) // 2)
     return want - known.keys()
 
@@ -601,22 +597,16 @@ def missing_runs(args, given, curves, rows):
             def search(known, hint=hint):
                 return wanted(known, low, high, args["search"], extensions, hint)
 
-            _, points = replay(cell, done, args["criterion"], search)
+            known, points = replay(cell, done, args["criterion"], search)
             new = [run for k in sorted(points) for run in runs_of(given, curve, width, lr_of(k), args["seeds"])
                    if train.run_id(run) not in rows]
             missing += new
-            if args["search"] != "grid" and not args["lrs"]:
-                first = search({})
-                if not first <= done.keys():
-                    if new:
-                        break       # wider nets wait for this one's first points, which tell where to look
-                    continue        # failed runs left holes in it: no hint from here
-                known = shown(cell, done, first, args["criterion"])
-                stable = [k for k in known if known[k][1]]
-                if new and not stable:
-                    break
+            if args["search"] != "grid" and new:
+                break           # wider nets wait for what is found here, which tells where to look
+            if not points and any(stable for _, stable in known.values()):     # no hint from a cell with failed runs
                 best = min(known, key=lambda k: known[k][0])
-                hint = best, max(stable, default=best)
+                above = min((k for k in known if k > best and not known[k][1]), default=math.inf)
+                hint = best, max(k for k in known if k == best or best < k < above)
     return missing
 
 
