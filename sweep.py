@@ -535,19 +535,16 @@ def wanted(known, low, high, search, extensions, hint=None):
     to one step. Where the optimum lies at an end, or nothing above it is unstable, the grid grows.
     """
     grid, reach = search == "grid", set(range(low - extensions * COARSE, high + extensions * COARSE + 1))
-    stride = 1 if grid or hint else COARSE
-    start = set(range(low, high + 1, stride))
+    start, grown = set(range(low, high + 1, 1 if grid else COARSE)), range(1, COARSE + 1) if grid else (COARSE,)
     if hint and not grid:
         optimum, edge = hint
-        start = reach & {optimum - 2, optimum - 1, optimum, edge - 1, edge + 1}
+        start, grown = reach & {optimum - 2, optimum - 1, optimum, edge - 1, edge + 1}, (1,)
     if not start <= known.keys():
         return start - known.keys()
 
-    ks = sorted(known)
-    best = min(ks, key=lambda k: known[k][0])
-    diverged, lost = known[best][0] >= DIVERGED / 1e6, hint and not any(stable for _, stable in known.values())
-    above = min((k for k in ks if k > best and not known[k][1]), default=None)      # smallest unstable
-    grown = range(1, COARSE + 1) if grid else (stride,)
+    ks, (best, edge, above) = sorted(known), outcome(known)
+    diverged = known[best][0] >= DIVERGED / 1e6
+    lost = hint and not grid and not any(stable for _, stable in known.values())
     want = {ks[0] - i for i in grown} & reach if best == ks[0] or diverged or lost else set()
     if not diverged and (best == ks[-1] or (known[best][1] and above is None)):
         want |= {ks[-1] + i for i in grown} & reach
@@ -555,13 +552,20 @@ def wanted(known, low, high, search, extensions, hint=None):
         return want
     i = ks.index(best)
     want = {(best + k) // 2 for k in ks[max(0, i - 1):i] + ks[i + 1:i + 2]}
-    if above is not None:       # an optimum that is not stable may have a stable LR above it
-        want.add((max(k for k in ks if best <= k < above) + above) // 2)
+    if above is not None:
+        want.add((edge + above) // 2)
     return want - known.keys()
 
 
+def outcome(known):
+    """(optimum, last point below the smallest unstable one above it, that one or None) of {k: (mean loss, stable)}."""
+    best = min(sorted(known), key=lambda k: known[k][0])
+    above = min((k for k in known if k > best and not known[k][1]), default=None)
+    return best, max(k for k in known if best <= k and (above is None or k < above)), above
+
+
 def run_grid(args, given, curves, device, rows, tracks, team, splits=None):
-    """Runs what is missing, in rounds over all widths, and appends each stack's rows to the files and to rows and tracks."""
+    """Runs what is missing, round by round, and appends each stack's rows to the files and to rows and tracks."""
     report = progress_line(args, given, curves, rows)
     while missing := missing_runs(args, given, curves, rows):
         twins = {}          # runs that coincide are trained once, unless they are tracked
@@ -584,7 +588,7 @@ def run_grid(args, given, curves, device, rows, tracks, team, splits=None):
 
 
 def missing_runs(args, given, curves, rows):
-    """The runs that the search asks for next, of all curves and widths; none where it has ended."""
+    """The runs that come next: of a grid all, of a search those of every curve's narrowest unfinished width; none at the end."""
     missing = []
     for curve in curves:
         lr_of, low, high, extensions = lattice(args, curve[CURVE.index("optimizer")])
@@ -604,9 +608,7 @@ def missing_runs(args, given, curves, rows):
             if args["search"] != "grid" and new:
                 break           # wider nets wait for what is found here, which tells where to look
             if not points and any(stable for _, stable in known.values()):     # no hint from a cell with failed runs
-                best = min(known, key=lambda k: known[k][0])
-                above = min((k for k in known if k > best and not known[k][1]), default=math.inf)
-                hint = best, max(k for k in known if k == best or best < k < above)
+                hint = outcome(known)[:2]
     return missing
 
 
@@ -704,42 +706,46 @@ def runs_of(given, curve, width, lr, seeds):
 def progress_line(args, given, curves, rows):
     """report(width) -> a line on standard error: rewritten in place on a terminal, else one a minute.
 
-    The time left weighs each run by its number of parameters; a coarse-to-fine search is taken to need half the grid.
+    The time left goes by what runs of each width took so far; a width without any is taken to cost as its parameters do.
     """
-    cost, planned = {}, {}
-    for width in args["widths"]:
-        cost[width] = train.replica_size(runs_of(given, curves[0], width, 1.0, 1)[0])[0]
-        planned[width] = sum(args["seeds"] * expected_lrs(args, curve) for curve in curves)
+    size, planned = {}, {}
+    for i, width in enumerate(args["widths"]):
+        size[width] = train.replica_size(runs_of(given, curves[0], width, 1.0, 1)[0])[0]
+        planned[width] = sum(args["seeds"] * expected_lrs(args, curve, i) for curve in curves)
     start, shown = time.monotonic(), [0.0]
 
-    def runs_and_cost():
-        ran = {width: sum(row["width"] == width for row in rows.values()) for width in cost}
-        return ran, sum(cost[width] * ran[width] for width in cost)
+    def seconds_of():
+        return {width: [row["seconds"] for row in rows.values() if row["width"] == width] for width in size}
 
-    ran_before, cost_before = runs_and_cost()
+    before = seconds_of()
 
     def report(width):
-        seconds = time.monotonic() - start
-        if not sys.stderr.isatty() and seconds - shown[0] < 60:
+        elapsed = time.monotonic() - start
+        if not sys.stderr.isatty() and elapsed - shown[0] < 60:
             return
-        ran, spent = runs_and_cost()
-        done, total = sum(ran.values()), sum(max(planned[w], ran[w]) for w in cost)
-        spent, new = spent - cost_before, done - sum(ran_before.values())
-        left = seconds * sum(cost[w] * max(0, planned[w] - ran[w]) for w in cost) / spent if spent else 0
-        line = f"{done}/{total} runs, width {width}, {new / seconds:.1f} runs/s, {left // 60:.0f}:{left % 60:02.0f} left"
+        ran, left = seconds_of(), 0.0
+        for w, total in planned.items():
+            like = min((v for v in ran if ran[v]), key=lambda v: abs(math.log(v / w)))
+            left += max(0, total - len(ran[w])) * np.mean(ran[like]) * size[w] / size[like]
+        new = sum(map(len, ran.values())) - sum(map(len, before.values()))
+        spent = sum(map(sum, ran.values())) - sum(map(sum, before.values()))
+        left *= elapsed / spent if spent else 1.0
+        done, total = sum(map(len, ran.values())), sum(max(planned[w], len(ran[w])) for w in planned)
+        line = f"{done}/{total} runs, width {width}, {new / elapsed:.1f} runs/s, {left // 60:.0f}:{left % 60:02.0f} left"
         if sys.stderr.isatty():
             print(f"\r{line:70}", end="", file=sys.stderr, flush=True)
         else:
-            shown[0] = seconds
+            shown[0] = elapsed
             print(line, file=sys.stderr, flush=True)
 
     return report
 
 
-def expected_lrs(args, curve):
-    """LRs of one width, about: of a coarse-to-fine search half the grid."""
+def expected_lrs(args, curve, i):
+    """LRs of the i-th width, about: of a coarse-to-fine search half the grid at the narrowest, a third at the others."""
     _, low, high, _ = lattice(args, curve[CURVE.index("optimizer")])
-    return high - low + 1 if args["search"] == "grid" or args["lrs"] else (high - low + 2) // 2
+    count = high - low + 1
+    return count if args["search"] == "grid" or args["lrs"] else (count + 1) // 2 if i == 0 else (count + 2) // 3
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -843,15 +849,15 @@ def dry_run(args, given, curves, device):
     rate, total = products * 2 * n ** 3 / (time.perf_counter() - start), 0
     print(f"{len(curves)} curves, {args['seeds']} seeds, LRs {args['search']}")
     print(f"{'width':>6} {'runs':>6} {'parameters':>11} {'stack':>6} {'stack memory':>13} {'operations':>11}")
-    for width in args["widths"]:
-        runs = [run for curve in curves for run in runs_of(given, curve, width, 1.0, args["seeds"]) * expected_lrs(args, curve)]
+    for i, width in enumerate(args["widths"]):
+        runs = [run for curve in curves for run in runs_of(given, curve, width, 1.0, args["seeds"]) * expected_lrs(args, curve, i)]
         parameters, memory = train.replica_size(runs[0])
         stack = max(len(part) for part in train.stacks(runs, device, args["stack"]))
         operations = 6.0 * parameters * len(runs) * runs[0]["steps"] * train.samples_of(runs[0])
         total += operations
         print(f"{width:6} {len(runs):6} {parameters:11,} {stack:6} {stack * memory / 2 ** 20:10.0f} MiB {operations:11.2e}")
     print(f"{total:.2e} operations, {total / rate / 60:.1f} minutes at this machine's {rate / 1e9:.0f} GFLOP/s "
-          "(an upper bound on what is computed: diverging runs stop early; small matrices are slower)")
+          "(diverging runs stop early, small matrices are slower, and a search may need more or fewer runs)")
 
 
 def main():

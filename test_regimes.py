@@ -1059,6 +1059,68 @@ def test_a_search_finds_its_way_from_any_hint_also_where_all_is_unstable():
             assert abs(full[1] - found[1]) <= 1 and abs(full[2] - found[2]) <= 1
 
 
+def rows_on(landscape, runs, failed=()):
+    """Result rows of runs whose loss and divergence landscape(width, k) gives as (loss, stable); failed: widths out of memory."""
+    rows = {}
+    for run in runs:
+        loss, stable = landscape(run["width"], round(2 * math.log2(run["lr"])))
+        row = {**run, "id": train.run_id(run), "failed": "out of memory" if run["width"] in failed else None, "chance_loss": 9.0,
+               "diverged_at": None if stable else 1, "final_train_loss": loss if stable else None, "train_accuracy": 0.0,
+               **dict.fromkeys(train.VALIDATION)}
+        rows[row["id"]] = row
+    return rows
+
+
+def swept_landscape(landscape, *flags, failed=()):
+    """([widths asked for in each round], {width: LRs of its rows as lattice points}) of a whole search on a landscape."""
+    args, given, curves = sweep.parse(["--widths", "8", "16", "32", "--base-width", "8", "--seeds", "2", "--loss", "ce", *flags])
+    rounds, rows = [], {}
+    while missing := sweep.missing_runs(args, given, curves, rows):
+        rounds.append(sorted({run["width"] for run in missing}))
+        rows.update(rows_on(landscape, missing, failed))
+    points = {width: {round(2 * math.log2(row["lr"])) for row in rows.values() if row["width"] == width} for width in args["widths"]}
+    return rounds, points
+
+
+def test_a_width_is_searched_around_what_the_narrower_one_ended_with():
+    def landscape(width, k):
+        edge = {8: -1, 16: -3, 32: -5}[width]
+        return 0.3 + 0.01 * (k - edge + 2) ** 2, k <= edge
+
+    rounds, points = swept_landscape(landscape)
+    assert [len(of_round) for of_round in rounds] == [1] * len(rounds) and rounds == sorted(rounds)
+    assert points[8] >= set(range(-16, 7, sweep.COARSE)) and points[8] >= {-4, -3, -2, -1, 0}
+    assert points[16] == {-5, -4, -3, -2, 0} | {-6} and points[32] == {-7, -6, -5, -4, -2} | {-8}      # around the last, a step down
+    rounds, points = swept_landscape(landscape, "--search", "grid")
+    assert rounds == [[8, 16, 32]] and points[8] == points[16] == points[32] == set(range(-16, 7))
+
+
+def test_the_progress_line_tells_the_time_left_from_what_runs_took(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    args, given, curves = sweep.parse(["--widths", "8", "16", "32", "--base-width", "8", "--seeds", "2", "--loss", "ce", "--search", "grid"])
+    clock, rows = [0.0], {}
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    report = sweep.progress_line(args, given, curves, rows)
+    for i in range(46 + 23):            # all of width 8 at a second each, half of width 16 at three: 2 s pass for each
+        rows[i] = {"width": 8 if i < 46 else 16, "seconds": 1.0 if i < 46 else 3.0}
+    clock[0] = 2.0 * (46 + 3 * 23)
+    report(16)
+    size = {width: train.replica_size(sweep.runs_of(given, curves[0], width, 1.0, 1)[0])[0] for width in (16, 32)}
+    left = 2 * 3.0 * (23 + 46 * size[32] / size[16])
+    assert sys.stderr.getvalue().strip() == f"69/138 runs, width 16, 0.3 runs/s, {left // 60:.0f}:{left % 60:02.0f} left"
+
+
+@pytest.mark.parametrize("failed, stable", [((8,), True), ((), False)], ids=["out of memory", "nothing stable"])
+def test_a_width_without_an_outcome_gives_no_hint(failed, stable):
+    _, points = swept_landscape(lambda width, k: (0.3 + 0.01 * (k + 4) ** 2, k <= -2 and (width > 8 or stable)), failed=failed)
+    assert points[16] >= set(range(-16, 7, sweep.COARSE)) and {-5, -4, -3, -2, -1} <= points[16]
+    assert points[32] == {-6, -5, -4, -3, -2, -1}
+
+
 @pytest.mark.parametrize("kind", ["grid", "coarse-to-fine"])
 def test_the_search_ends_with_the_same_points_wherever_it_was_cut_and_whatever_else_is_there(kind):
     generator = np.random.default_rng(0)
