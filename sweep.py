@@ -266,6 +266,8 @@ def exponents_of(cells, widths, criterion, resamples=2000):
     for cell in cells:
         point = [value[0] for value in locate(cell, np.full((1, seeds), 1 / seeds), criterion)]
         _, best, stable, unstable = locate(cell, bootstrap_weights(seeds, resamples, generator), criterion)
+        if math.isfinite(point[3]):     # where a resample is stable up to the highest LR known, its edge is a step above that
+            unstable = np.where(np.isnan(unstable), stable + np.log(cell["lr"][-1] / cell["lr"][-2]), unstable)
         widen = math.sqrt(seeds / max(1, seeds - 1))
         within = generator.uniform(-0.5, 0.5, (2, resamples))
         middle, edge = (point[2] + point[3]) / 2, (stable + unstable) / 2

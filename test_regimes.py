@@ -966,23 +966,40 @@ def test_a_download_with_a_wrong_checksum_is_refused_and_leaves_nothing(tmp_path
 SQRT2 = math.sqrt(2)
 
 
-def simulated_cell(centre, edge, generator, seeds=3, curvature=0.03, noise=0.01, jitter=0.3, ks=range(-30, 10)):
-    """A parabola in log LR with noisy losses, the optimum and the edge of every seed jittered; loss beyond chance above."""
+def simulated_cell(centre, edge, generator, seeds=3, curvature=0.03, noise=0.01, jitter=0.3, ks=range(-30, 10), low=3):
+    """A parabola in log LR with noisy losses, the optimum and the edge of every seed jittered; loss beyond chance above.
+    The LRs begin a factor exp(low) below the optimum."""
     log_lr = np.array([k * math.log(SQRT2) for k in ks])
     own = generator.normal(0, jitter, (2, seeds, 1))
     losses = 0.3 + curvature * (log_lr - centre - own[0]) ** 2 + generator.normal(0, noise, (seeds, len(log_lr)))
-    keep = log_lr > centre - 3
+    keep = log_lr > centre - low
     losses = np.where(log_lr > edge + own[1], sweep.DIVERGED, losses)[:, keep]
     return {"lr": np.exp(log_lr[keep]), "losses": losses, "accuracies": np.zeros_like(losses), "chance": 9.0}
 
 
-def test_the_95_percent_intervals_cover_the_truth_in_90_to_99_percent_of_simulated_sweeps():
-    generator, widths, repetitions = np.random.default_rng(0), [64, 128, 256, 512], 500
+def searched(cells, ks):
+    """Cells with only the LRs that the search would have run, one width after the other."""
+    hint, parts, column = None, [], {k: i for i, k in enumerate(ks)}
+    for cell in cells:
+        known, points = sweep.replay(cell, column, ("chance", 1.0),
+                                     lambda known, hint=hint: sweep.wanted(known, -16, 6, "coarse-to-fine", 4, hint))
+        assert not points
+        hint, ran = sweep.outcome(known)[:2], [column[k] for k in sorted(known)]
+        parts.append({**cell, "lr": cell["lr"][ran], "losses": cell["losses"][:, ran], "accuracies": cell["accuracies"][:, ran]})
+    return parts
+
+
+@pytest.mark.parametrize("kind, repetitions", [("grid", 500), ("coarse-to-fine", 200)])
+def test_the_95_percent_intervals_cover_the_truth_in_90_to_99_percent_of_simulated_sweeps(kind, repetitions):
+    generator, widths, ks = np.random.default_rng(0), [64, 128, 256, 512], range(-32, 23)
     covered, missed_by_half = dict.fromkeys(("optimal", "max_stable"), 0), dict.fromkeys(("optimal", "max_stable"), 0)
     for _ in range(repetitions):
         truth, offset = generator.uniform(-1.2, -0.3), generator.uniform(-0.5, 0.5)
         centres = [offset + truth * math.log(width / 64) for width in widths]
-        cells = [simulated_cell(centre, centre + 1.5, generator) for centre in centres]
+        if kind == "grid":
+            cells = [simulated_cell(centre, centre + 1.5, generator) for centre in centres]
+        else:
+            cells = searched([simulated_cell(centre, centre + 1.5, generator, ks=ks, low=math.inf) for centre in centres], ks)
         fits, _ = sweep.exponents_of(cells, widths, ("chance", 1.0), resamples=400)
         for name, (_, (low, high)) in fits.items():
             covered[name] += low <= truth <= high
