@@ -127,11 +127,16 @@ def lr_transfer(summary):
         predicted = row["predicted_max_stable_exponent"]
         for i, (width, curve) in enumerate(zip(row["widths"], row["curves"])):
             losses = np.array([floats(seed) for seed in curve["train_loss"]])           # (S, K)
-            ok = np.isfinite(losses).all(0)         # an LR at which a seed diverged has no mean
+            ok = np.flatnonzero(np.isfinite(losses).all(0))         # an LR at which a seed diverged has no mean
+            gaps = np.diff(np.log(curve["lr"])[ok])                 # a search leaves some, across which a line would tell nothing
+            parts = np.split(ok, np.flatnonzero(gaps > max(np.log(4.1), 1.5 * np.median(gaps) if gaps.size else 0.0)) + 1)
             for axis, exponent in zip(pair, (0.0, predicted or 0.0)):
                 lr = np.array(curve["lr"]) * (width / row["base_width"]) ** -exponent
-                axis.plot(lr[ok], losses[:, ok].mean(0), marker="o", markersize=2.6, color=shades[i], label=f"{width}", zorder=3)
-                axis.fill_between(lr[ok], losses[:, ok].min(0), losses[:, ok].max(0), color=shades[i], alpha=0.18, linewidth=0)
+                axis.plot([], marker="o", markersize=2.6, color=shades[i], label=f"{width}")
+                for part in parts:
+                    values = losses[:, part]
+                    axis.plot(lr[part], values.mean(0), marker="o", markersize=2.6, color=shades[i], zorder=3)
+                    axis.fill_between(lr[part], values.min(0), values.max(0), color=shades[i], alpha=0.18, linewidth=0)
                 if row["min_unstable_lr"][i] is not None:
                     edge = np.sqrt(row["max_stable_lr"][i] * row["min_unstable_lr"][i]) * (width / row["base_width"]) ** -exponent
                     axis.axvline(edge, color=shades[i], linewidth=1.0, linestyle=":")

@@ -266,7 +266,7 @@ def exponents_of(cells, widths, criterion, resamples=2000):
     for cell in cells:
         point = [value[0] for value in locate(cell, np.full((1, seeds), 1 / seeds), criterion)]
         _, best, stable, unstable = locate(cell, bootstrap_weights(seeds, resamples, generator), criterion)
-        if math.isfinite(point[3]):     # where a resample is stable up to the highest LR known, its edge is a step above that
+        if math.isfinite(point[3]):     # the edge of a resample that is stable up to the highest LR is in the next gap, as wide as the last
             unstable = np.where(np.isnan(unstable), stable + np.log(cell["lr"][-1] / cell["lr"][-2]), unstable)
         widen = math.sqrt(seeds / max(1, seeds - 1))
         within = generator.uniform(-0.5, 0.5, (2, resamples))
@@ -529,12 +529,13 @@ def lattice(args, optimizer):
     return lambda k: 2.0 ** (k * octaves), low, high, EXTENSIONS
 
 
-def wanted(known, low, high, search, extensions, hint=None):
+def wanted(known, low, high, search, extensions, hint=None, chance=math.inf):
     """Lattice points to run next, a set; empty when the cell is done. A pure function of what is known.
 
     known: {k: (mean loss, stable)}. grid: all of low..high. coarse-to-fine: every COARSE-th point, or a few around
     hint = (optimum, edge) of a narrower width; then halves of the gaps beside the optimum, and of the edge's bracket, down
-    to one step. Where the optimum lies at an end, or nothing above it is unstable, the grid grows.
+    to one step. Where the optimum lies at an end, or nothing above it is unstable, the grid grows; downwards also where all
+    runs diverged, or where those at a hint learned nothing: none is stable and below chance, a constant predictor's loss.
     """
     grid, reach = search == "grid", set(range(low - extensions * COARSE, high + extensions * COARSE + 1))
     start, grown = set(range(low, high + 1, 1 if grid else COARSE)), range(1, COARSE + 1) if grid else (COARSE,)
@@ -546,7 +547,7 @@ def wanted(known, low, high, search, extensions, hint=None):
 
     ks, (best, edge, above) = sorted(known), outcome(known)
     diverged = known[best][0] >= DIVERGED / 1e6
-    lost = hint and not grid and not any(stable for _, stable in known.values())
+    lost = hint and not grid and ks[0] > low and not any(stable and loss < chance for loss, stable in known.values())
     want = {ks[0] - i for i in grown} & reach if best == ks[0] or diverged or lost else set()
     if not diverged and (best == ks[-1] or (known[best][1] and above is None)):
         want |= {ks[-1] + i for i in grown} & reach
@@ -570,7 +571,7 @@ def run_grid(args, given, curves, device, rows, tracks, team, splits=None):
     """Runs what is missing, round by round, and appends each stack's rows to the files and to rows and tracks."""
     report = progress_line(args, given, curves, rows)
     while missing := missing_runs(args, given, curves, rows):
-        twins = {}          # runs that coincide are trained once, unless they are tracked
+        twins = {}          # of runs that coincide in a round one is trained, unless they are tracked
         for run in missing:
             twins.setdefault(train.run_id(run if args["track"] else coincident(run)), []).append(run)
         firsts = {train.run_id(runs[0]): runs for runs in twins.values()}
@@ -599,11 +600,8 @@ def missing_runs(args, given, curves, rows):
         for width in args["widths"]:
             cell = cell_of(rows.values(), curve, width, args["seeds"])
             done = {k_of[lr]: i for i, lr in enumerate(cell["lr"].tolist()) if lr in k_of}
-
-            def search(known, hint=hint):
-                return wanted(known, low, high, args["search"], extensions, hint)
-
-            known, points = replay(cell, done, args["criterion"], search)
+            known, points = replay(cell, done, args["criterion"], lambda known: wanted(
+                known, low, high, args["search"], extensions, hint, cell["chance"]))
             new = [run for k in sorted(points) for run in runs_of(given, curve, width, lr_of(k), args["seeds"])
                    if train.run_id(run) not in rows]
             missing += new
@@ -744,10 +742,10 @@ def progress_line(args, given, curves, rows):
 
 
 def expected_lrs(args, curve, i):
-    """LRs of the i-th width, about: of a coarse-to-fine search half the grid at the narrowest, a third at the others."""
+    """LRs of the i-th width, about: of a coarse-to-fine search half the grid at the narrowest, a quarter at the others."""
     _, low, high, _ = lattice(args, curve[CURVE.index("optimizer")])
     count = high - low + 1
-    return count if args["search"] == "grid" or args["lrs"] else (count + 1) // 2 if i == 0 else (count + 2) // 3
+    return count if args["search"] == "grid" else (count + 1) // 2 if i == 0 else (count + 3) // 4
 
 
 # ------------------------------------------------------------------------------------------------------------------

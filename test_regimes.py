@@ -989,9 +989,9 @@ def searched(cells, ks):
     return parts
 
 
-@pytest.mark.parametrize("kind, repetitions", [("grid", 500), ("coarse-to-fine", 200)])
-def test_the_95_percent_intervals_cover_the_truth_in_90_to_99_percent_of_simulated_sweeps(kind, repetitions):
-    generator, widths, ks = np.random.default_rng(0), [64, 128, 256, 512], range(-32, 23)
+@pytest.mark.parametrize("kind", ["grid", "coarse-to-fine"])
+def test_the_95_percent_intervals_cover_the_truth_in_90_to_99_percent_of_simulated_sweeps(kind):
+    generator, widths, repetitions, ks = np.random.default_rng(0), [64, 128, 256, 512], 500, range(-32, 23)
     covered, missed_by_half = dict.fromkeys(("optimal", "max_stable"), 0), dict.fromkeys(("optimal", "max_stable"), 0)
     for _ in range(repetitions):
         truth, offset = generator.uniform(-1.2, -0.3), generator.uniform(-0.5, 0.5)
@@ -1007,6 +1007,20 @@ def test_the_95_percent_intervals_cover_the_truth_in_90_to_99_percent_of_simulat
     for name in covered:
         assert 0.90 <= covered[name] / repetitions <= 0.99, (name, covered[name])
         assert missed_by_half[name] / repetitions < 0.2         # and it is no interval that covers everything
+
+
+def test_a_resample_that_is_stable_up_to_the_highest_lr_has_its_edge_above_it():
+    def cell(*top):
+        losses = np.array([[0.5, 0.4, 0.3, value] for value in top])
+        return {"lr": 2.0 ** (np.arange(4) / 2), "losses": losses, "accuracies": 0 * losses, "chance": 9.0}
+
+    both, one = cell(sweep.DIVERGED, sweep.DIVERGED), cell(sweep.DIVERGED, 0.35)
+    # Half a step at either width, in slopes of 1/2 a step: the grid's part. A quarter of the resamples has the stable seed twice:
+    # a step, widened by sqrt(2), on top of it.
+    for second, reach in ((both, 0.39), (one, 0.5 * math.sqrt(2) + 0.3)):
+        fits, _ = sweep.exponents_of([both, second], [64, 128], ("chance", 1.0))
+        slope, (low, high) = fits["max_stable"]
+        assert slope == pytest.approx(0.0) and high == pytest.approx(reach, abs=0.05) and low == pytest.approx(-0.39, abs=0.05)
 
 
 def test_optimum_and_edge_of_a_noiseless_cell_are_exact():
@@ -1076,19 +1090,20 @@ def test_a_search_finds_its_way_from_any_hint_also_where_all_is_unstable():
             assert abs(full[1] - found[1]) <= 1 and abs(full[2] - found[2]) <= 1
 
 
-def rows_on(landscape, runs, failed=()):
-    """Result rows of runs whose loss and divergence landscape(width, k) gives as (loss, stable); failed: widths out of memory."""
+def rows_on(landscape, runs, failed=lambda width, k: False):
+    """Result rows of runs whose loss and divergence landscape(width, k) gives as (loss, stable); failed: out of memory."""
     rows = {}
     for run in runs:
-        loss, stable = landscape(run["width"], round(2 * math.log2(run["lr"])))
-        row = {**run, "id": train.run_id(run), "failed": "out of memory" if run["width"] in failed else None, "chance_loss": 9.0,
+        width, k = run["width"], round(2 * math.log2(run["lr"]))
+        loss, stable = landscape(width, k)
+        row = {**run, "id": train.run_id(run), "failed": "out of memory" if failed(width, k) else None, "chance_loss": 9.0,
                "diverged_at": None if stable else 1, "final_train_loss": loss if stable else None, "train_accuracy": 0.0,
                **dict.fromkeys(train.VALIDATION)}
         rows[row["id"]] = row
     return rows
 
 
-def swept_landscape(landscape, *flags, failed=()):
+def swept_landscape(landscape, *flags, failed=lambda width, k: False):
     """([widths asked for in each round], {width: LRs of its rows as lattice points}) of a whole search on a landscape."""
     args, given, curves = sweep.parse(["--widths", "8", "16", "32", "--base-width", "8", "--seeds", "2", "--loss", "ce", *flags])
     rounds, rows = [], {}
@@ -1131,11 +1146,32 @@ def test_the_progress_line_tells_the_time_left_from_what_runs_took(monkeypatch):
     assert sys.stderr.getvalue().strip() == f"69/138 runs, width 16, 0.3 runs/s, {left // 60:.0f}:{left % 60:02.0f} left"
 
 
-@pytest.mark.parametrize("failed, stable", [((8,), True), ((), False)], ids=["out of memory", "nothing stable"])
+@pytest.mark.parametrize("failed, stable", [
+    (lambda width, k: width == 8, True), (lambda width, k: width == 8 and k == -5, True), (lambda width, k: False, False)],
+    ids=["out of memory", "a later point out of memory", "nothing stable"])
 def test_a_width_without_an_outcome_gives_no_hint(failed, stable):
     _, points = swept_landscape(lambda width, k: (0.3 + 0.01 * (k + 4) ** 2, k <= -2 and (width > 8 or stable)), failed=failed)
     assert points[16] >= set(range(-16, 7, sweep.COARSE)) and {-5, -4, -3, -2, -1} <= points[16]
     assert points[32] == {-6, -5, -4, -3, -2, -1}
+
+
+def test_a_hint_where_nothing_is_stable_asks_for_no_more_than_the_grid():
+    known, points = {}, {None}
+    while points:
+        points = sweep.wanted(known, -16, 6, "coarse-to-fine", sweep.EXTENSIONS, hint=(-3, -3))
+        known.update((k, (5 + 0.01 * (k + 9) ** 2, False)) for k in points)
+    assert min(known) == -16 and len(known) <= 23
+
+
+def test_a_hint_far_above_the_edge_finds_down_under_a_criterion_relative_to_the_best():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        ks = range(-60, 40)
+        losses = np.array([[2.3 + 0.01 * (k + 9) ** 2 if k <= -6 else 6 + generator.normal(0, 0.2) for k in ks]])
+        cell = {"lr": 2.0 ** (np.array(ks) / 2), "losses": losses, "accuracies": 0 * losses, "chance": 3.2}
+        known, _ = sweep.replay(cell, {k: i for i, k in enumerate(ks)}, ("best+1", 1.0),
+                                lambda known: sweep.wanted(known, -16, 6, "coarse-to-fine", 4, (0, 1), 3.2))
+        assert sweep.outcome(known) == (-9, -6, -5)
 
 
 @pytest.mark.parametrize("kind", ["grid", "coarse-to-fine"])
@@ -1204,6 +1240,17 @@ def sorted_rows(out):
 def swept(tmp_path_factory):
     out = tmp_path_factory.mktemp("sweep")
     return out, run_script("sweep.py", *TINY, "--out", out)
+
+
+def test_lines_of_loss_against_lr_stop_where_the_search_left_a_gap(swept):
+    summary = json.loads((swept[0] / "summary.json").read_text())
+    summary["rows"] = summary["rows"][:1]
+    for curve, lr in zip(summary["rows"][0]["curves"], ([0.01, 0.02, 0.04, 1.0, 2.0], [0.01, 0.1, 1.0])):
+        curve.update(lr=lr, train_loss=[[0.5] * len(lr)] * 2)
+    figure = plots.lr_transfer(summary)
+    lines = [line.get_xdata().tolist() for line in figure.axes[0].get_lines() if line.get_marker() == "o" and len(line.get_xdata())]
+    assert lines == [[0.01, 0.02, 0.04], [1.0, 2.0], [0.01, 0.1, 1.0]]      # evenly spaced, however wide: no gap
+    plots.plt.close(figure)
 
 
 def test_a_sweep_prints_predictions_beside_measurements_and_writes_its_files(swept):
