@@ -539,7 +539,8 @@ def wanted(known, low, high, search, extensions, hint=None, chance=math.inf):
     """
     grid, reach = search == "grid", set(range(low - extensions * COARSE, high + extensions * COARSE + 1))
     start, grown = set(range(low, high + 1, 1 if grid else COARSE)), range(1, COARSE + 1) if grid else (COARSE,)
-    if hint and not grid:
+    hint = None if grid else hint
+    if hint:
         optimum, edge = hint
         start, grown = reach & {optimum - 2, optimum - 1, optimum, edge - 1, edge + 1}, (1,)
     if not start <= known.keys():
@@ -547,7 +548,7 @@ def wanted(known, low, high, search, extensions, hint=None, chance=math.inf):
 
     ks, (best, edge, above) = sorted(known), outcome(known)
     diverged = known[best][0] >= DIVERGED / 1e6
-    lost = hint and not grid and ks[0] > low and not any(stable and loss < chance for loss, stable in known.values())
+    lost = hint and ks[0] > low and not any(stable and loss < chance for loss, stable in known.values())
     want = {ks[0] - i for i in grown} & reach if best == ks[0] or diverged or lost else set()
     if not diverged and (best == ks[-1] or (known[best][1] and above is None)):
         want |= {ks[-1] + i for i in grown} & reach
