@@ -5,6 +5,7 @@ skipped where that is absent). Behaviour checks measure a regime, and show that 
 """
 import contextlib
 import copy
+import functools
 import gzip
 import hashlib
 import http.server
@@ -1943,6 +1944,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(settings):
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "adam"}, {"hidden_layers": 7}, {"model": "gpt"}], ids=str)
 def test_stacks_hold_every_run_once_share_them_evenly_and_keep_to_the_memory_that_is_stated(monkeypatch, threads, settings):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    size = functools.cache(lambda width, whole=train.replica_size: whole(train.configure(dict(settings, width=width))))
+    monkeypatch.setattr(train, "replica_size", lambda run: size(run["width"]))      # all that its runs differ in but the seed
     together = []
     for width, count, shares in itertools.product((32, 128, 512, 4096), (1, 7, 46, 200), (1, 3)):
         runs = [train.configure(dict(settings, width=width, seed=seed)) for seed in range(count)]
