@@ -715,24 +715,24 @@ def progress_line(args, given, curves, rows):
         planned[width] = sum(args["seeds"] * expected_lrs(args, curve, i) for curve in curves)
     start, shown = time.monotonic(), [0.0]
 
-    def seconds_of():
-        return {width: [row["seconds"] for row in rows.values() if row["width"] == width] for width in size}
+    def tally():
+        """{width: seconds of each of its runs}, how many runs, how many seconds."""
+        ran = {width: [row["seconds"] for row in rows.values() if row["width"] == width] for width in size}
+        return ran, sum(map(len, ran.values())), sum(map(sum, ran.values()))
 
-    before = seconds_of()
+    _, done_before, spent_before = tally()
 
     def report(width):
         elapsed = time.monotonic() - start
         if not sys.stderr.isatty() and elapsed - shown[0] < 60:
             return
-        ran, left = seconds_of(), 0.0
-        for w, total in planned.items():
+        (ran, done, spent), left = tally(), 0.0
+        for w in planned:
             like = min((v for v in ran if ran[v]), key=lambda v: abs(math.log(v / w)))
-            left += max(0, total - len(ran[w])) * np.mean(ran[like]) * size[w] / size[like]
-        new = sum(map(len, ran.values())) - sum(map(len, before.values()))
-        spent = sum(map(sum, ran.values())) - sum(map(sum, before.values()))
-        left *= elapsed / spent if spent else 1.0
-        done, total = sum(map(len, ran.values())), sum(max(planned[w], len(ran[w])) for w in planned)
-        line = f"{done}/{total} runs, width {width}, {new / elapsed:.1f} runs/s, {left // 60:.0f}:{left % 60:02.0f} left"
+            left += max(0, planned[w] - len(ran[w])) * np.mean(ran[like]) * size[w] / size[like]
+        left *= elapsed / (spent - spent_before) if spent > spent_before else 1.0
+        total, pace = sum(max(planned[w], len(ran[w])) for w in planned), (done - done_before) / elapsed
+        line = f"{done}/{total} runs, width {width}, {pace:.1f} runs/s, {left // 60:.0f}:{left % 60:02.0f} left"
         if sys.stderr.isatty():
             print(f"\r{line:70}", end="", file=sys.stderr, flush=True)
         else:
