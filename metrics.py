@@ -1,87 +1,106 @@
-"""Measurements of width scaling: pure functions of modules and tensors, floats out.
+"""Measurements of width scaling: modules and tensors in, floats out.
 
-The refined coordinate check of Haas, Bordt, von Luxburg, Vankadara, "On the Surprising Effectiveness of Large Learning
-Rates under Standard Width Scaling" (arXiv 2505.22491) splits the change of a layer's output exactly in two,
+The refined coordinate check (Haas, Bordt, von Luxburg, Vankadara, "On the Surprising
+Effectiveness of Large Learning Rates under Standard Width Scaling", arXiv 2505.22491)
+splits the change of a layer's output in an effective and a propagating update,
 
-    W_t x_t - W_0 x_0  =  (W_t - W_0) x_t  +  W_0 (x_t - x_0)          effective update + propagating update.
+    W_t x_t - W_0 x_0  =  (W_t - W_0) x_t  +  W_0 (x_t - x_0).
 
-    W_0, x_0    a module's weight and input in `reference`, a copy of the model taken at initialization
-    W_t, x_t    the same in `model`, now;  dW = W_t - W_0,  dx = x_t - x_0;  biases are left out throughout
-    rms(v)      |v|_2 / sqrt(k) for v in R^k, per sample (or token), then averaged over samples
-    |W|_op      operator (spectral) norm;  |W|_F Frobenius norm
-    chi         dloss_i/dlogits of sample i
+    W_0, x_0  a module's weight and input in `reference`, a copy from initialization
+    W_t, x_t  the same in `model`; dW = W_t - W_0, dx = x_t - x_0; no biases anywhere
+    rms(v)    |v|_2 / sqrt(k) for v in R^k, per sample or token, averaged over them
+    |W|_op    operator (spectral) norm; |W|_F Frobenius norm
+    chi       dloss_i/dlogits of sample i
 
-    reference = copy.deepcopy(model); ...train...; print(refined_coordinate_check(model, reference, x))
+    reference = copy.deepcopy(model)
+    ...  # training
+    print(refined_coordinate_check(model, reference, x))
 
-Measured are nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Conv2d and transformers' Conv1D, in any nn.Module
-that accepts model(x). Every measurement runs in evaluation mode, and leaves training mode, RNG, .grad and hooks as they
-were. A diverged model gives nan. Out of scope: attention scores, sharded models. Needs torch >= 2.4.
+Measured are nn.Linear, Embedding, LayerNorm, RMSNorm, Conv2d, transformers' Conv1D and
+other packages' RMSNorms, in any module that takes model(x), in evaluation mode. Training
+mode, buffers, RNG, .grad and hooks stay as they were. A diverged model gives nan. Out of
+scope: attention scores, sharded models. Needs torch >= 2.4.
 """
+import copy
+import inspect
 import math
 import warnings
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 # ---- the two updates of every module, from one forward pass of each model ----
 
 class Layer(NamedTuple):
-    """One module at one batch. Rows are samples, tokens or (Conv2d) image patches, of all the module's calls."""
-    w0: torch.Tensor                        # (fan_out, fan_in); a norm's gains (fan,); Embedding (vocabulary, fan_out)
-    dw: torch.Tensor                        # W_t - W_0
-    x: torch.Tensor                         # x_t (N, fan_in); norms: the normalised input; Embedding: token ids (N,)
-    dx: Optional[torch.Tensor]              # x_t - x_0; None for an Embedding
-    effective: torch.Tensor                 # dW x_t (N, fan_out)
-    propagating: Optional[torch.Tensor]     # W_0 dx (N, fan_out); None for an Embedding
+    """One module at one batch: N samples, tokens or image patches, of all its calls."""
+    w0: Tensor                      # (fan_out, fan_in); gains (fan,); Embedding (V, fan_out)
+    dw: Tensor                      # W_t - W_0
+    x: Tensor                       # x_t (N, fan_in), normalised for gains; token ids (N,)
+    dx: "Tensor | None"             # x_t - x_0; None for an Embedding
+    effective: Tensor               # dW x_t (N, fan_out)
+    propagating: "Tensor | None"    # W_0 dx (N, fan_out); None for an Embedding
 
 
 def updates(model, reference, x):
-    """{module name: Layer}: the effective and propagating update vectors, to be shared by the measurements below.
+    """{module name: Layer}, for the measurements below to share.
 
-    They are computed as products with dW and dx, in at least float32, not as differences of outputs, which lose the
-    digits of updates that are small at large width. A module called several times has the rows of all its calls. What
-    owns parameters but is never called, or is of a kind not measured, is left out and named in a warning. ValueError
-    where the two models differ in modules, shapes or number of calls. reference: a model, or capture(reference, x).
+    Products with dW and dx in float32 or wider: differences of outputs lose the
+    digits of small updates. A warning names modules with parameters that are not
+    measured. ValueError where the models differ in modules, shapes or number of
+    calls. reference: a model, or capture(reference, x).
     """
     model = _eager(model)
-    now, then, layers = capture(model, x), reference if isinstance(reference, dict) else capture(reference, x), {}
+    now = capture(model, x)
+    then = reference if isinstance(reference, dict) else capture(reference, x)
+    layers = {}
     for name in now | then:
-        shapes = [[tuple(tensor.shape) for tensor in side.get(name, ())] for side in (now, then)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"module {name!r} has [weight, inputs] of shapes {shapes[0]} in the model but {shapes[1]} "
-                             "in the reference: pass a copy of the same architecture and width, with the same calls")
-        (w, xt), (w0, x0) = now[name], then[name]
-        embedding = not xt.is_floating_point()
-        dw, dx = w - w0, None if embedding else xt - x0
-        layers[name] = Layer(w0, dw, xt, dx, _multiply(dw, xt), None if embedding else _multiply(w0, dx))
-    left_out = [f"{name or 'the model itself'} ({type(module).__name__})" for name, module in model.named_modules()
-                if name not in now and next(module.parameters(recurse=False), None) is not None]
+        sides = now.get(name, ()), then.get(name, ())
+        ours, theirs = ([tuple(tensor.shape) for tensor in side] for side in sides)
+        if ours != theirs:
+            raise ValueError(
+                f"module {name!r} has [weight, inputs] of shapes {ours} in the model "
+                f"but {theirs} in the reference: pass a copy of the same architecture and width")
+        (w, xt), (w0, x0) = sides
+        dw = w - w0
+        dx = xt - x0 if xt.is_floating_point() else None
+        propagating = None if dx is None else _multiply(w0, dx)
+        layers[name] = Layer(w0, dw, xt, dx, _multiply(dw, xt), propagating)
+    left_out = ", ".join(_left_out(model, layers))
     if left_out:
-        warnings.warn(f"not measured, as never called or of an unknown kind: {', '.join(left_out)}", stacklevel=3)
+        message = f"not measured, as never called or of an unknown kind: {left_out}"
+        warnings.warn(message, stacklevel=3)
     return layers
 
 
 def capture(model, x):
-    """{module name: (weight, input rows)} of one forward pass; of a reference that is measured against often, taken once."""
-    model = _eager(model)
-    weights = {name: _weight(module) for name, module in model.named_modules() if _weight(module) is not None}
-    rows, handles = {}, []
+    """{module name: (weight, input rows)} of one forward pass.
 
-    def keep(name, module, args, kwargs):               # a copy, since what follows may work in place
-        rows.setdefault(name, []).append(_rows(module, args[0] if args else next(iter(kwargs.values()))).clone())
+    Of a reference, to be taken once for many updates. The weights share the
+    parameters' memory: of a model that trains on, capture a copy.
+    """
+    model = _eager(model)
+    weights, rows, handles = {}, {}, []
+
+    def keep(name, module, args, kwargs):
+        weight = _weight(module)
+        if weight is not None:
+            weights[name] = weight
+            given = args[0] if args else next(iter(kwargs.values()))
+            # A copy, since what follows may work in place.
+            rows.setdefault(name, []).append(_rows(module, weight, given).clone())
 
     try:
-        for name in weights:
+        for name, module in model.named_modules():
             hook = partial(keep, name)
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
-        with _undisturbed(model), torch.no_grad():
-            model(x)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        with _undisturbed(model) as forward, torch.no_grad():
+            forward(x)
     finally:
         for handle in handles:
             handle.remove()
@@ -89,13 +108,13 @@ def capture(model, x):
 
 
 def _weight(module):
-    """The weight that multiplies _rows(module, x); None if the module's output (bias aside) is not that product.
+    """What multiplies _rows(module, ...); None if the output, bias aside, is not that.
 
-    Kinds are told by the class's forward, lest a subclass that computes something else pass for its parent. To measure
-    a class of your own, add it here and, where its input is not a plain vector, to _rows.
+    The class's forward tells the kind: a subclass may compute something else. A
+    class of your own goes here and, if its input is no plain vector, into _rows.
     """
     weight, forward = getattr(module, "weight", None), type(module).forward
-    if not isinstance(weight, torch.Tensor):
+    if not isinstance(weight, Tensor):
         return None
     weight = _wide(weight.detach())
     if forward in (nn.Linear.forward, nn.Embedding.forward):
@@ -103,32 +122,70 @@ def _weight(module):
     if forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
         return weight.flatten()
     if forward is nn.Conv2d.forward:
-        plain = module.groups == 1 and module.padding_mode == "zeros" and module.padding != "same"
-        return weight.flatten(1) if plain else None                         # (C_out, C_in kh kw)
-    return weight.T if type(module).__name__ == "Conv1D" and weight.ndim == 2 else None     # transformers': (in, out)
+        zeros = module.padding_mode == "zeros" and module.padding != "same"
+        plain = zeros and module.groups == 1
+        return weight.flatten(1) if plain else None  # (C_out, C_in kh kw)
+    if type(module).__name__ == "Conv1D" and weight.ndim == 2:
+        return weight.T  # transformers': (in, out)
+    return weight if _is_rms_norm(module) else None
 
 
-def _rows(module, x):
+def _is_rms_norm(module):
+    """Whether it is weight * x / rms(x): Llama's, Qwen's, T5's; Gemma's has 1 + weight.
+
+    A copy with other gains and inputs is asked, as a model's state may hide it.
+    """
+    named = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
+    if not named or [tensor.ndim for tensor in module.parameters(recurse=False)] != [1]:
+        return False
+    if len(inspect.signature(module.forward).parameters) > 1:  # a gate, a residual
+        return False
+    twin = copy.deepcopy(module).float()
+    gains = torch.linspace(1, 2, len(twin.weight), device=twin.weight.device)
+    x = 3 * gains - 4  # of both signs, mean not zero
+    x = torch.stack([x, 1e-3 * x])[None]  # (1, 2, fan), small for eps to show
+    with torch.no_grad():
+        twin.weight.copy_(gains)
+        try:
+            return torch.allclose(twin.forward(x), gains * _over_rms(twin, x), rtol=1e-5)
+        except (RuntimeError, IndexError, TypeError):  # made for images, say
+            return False
+
+
+def _over_rms(norm, x):
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return F.rms_norm(x, norm.weight.shape, eps=eps)
+
+
+def _rows(module, weight, x):
     """What the weight multiplies, (N, fan_in); token ids (N,) for an Embedding."""
     if isinstance(module, nn.Embedding):
         return x.flatten()
     x = _wide(x)
     if isinstance(module, nn.Conv2d):
         padding = 0 if module.padding == "valid" else module.padding
-        patches = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)  # (B, C_in kh kw, patches)
-        return patches.transpose(1, 2).flatten(0, 1)
+        patches = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
+        return patches.transpose(1, 2).flatten(0, 1)  # from (B, C_in kh kw, patches)
     if isinstance(module, nn.LayerNorm):
         x = F.layer_norm(x, module.normalized_shape, eps=module.eps)
-    elif isinstance(module, nn.RMSNorm):
-        x = F.rms_norm(x, module.normalized_shape, eps=module.eps)
-    return x.reshape(-1, _weight(module).shape[-1])
+    elif weight.ndim == 1:
+        x = _over_rms(module, x)
+    return x.reshape(-1, weight.shape[-1])
 
 
 def _multiply(weight, rows):
     if not rows.is_floating_point():
-        return weight[rows]                                                 # Embedding: one-hot rows
+        return weight[rows]  # Embedding: one-hot rows
     rows = rows.to(weight.dtype)
     return rows * weight if weight.ndim == 1 else rows @ weight.T
+
+
+def _left_out(model, layers):
+    for name, module in model.named_modules():
+        # What a parametrization owns (spectral_norm's) is measured as its module's weight.
+        owner = f".{name}".partition(".parametrizations.")[0][1:]
+        if owner not in layers and next(module.parameters(recurse=False), None) is not None:
+            yield f"{name or 'the model itself'} ({type(module).__name__})"
 
 
 def _wide(tensor):
@@ -136,19 +193,21 @@ def _wide(tensor):
 
 
 def _eager(model):
-    return getattr(model, "_orig_mod", model)           # compiled code skips new hooks and has no second derivative
+    # Compiled code skips hooks set later and has no second derivative.
+    return getattr(model, "_orig_mod", model)
 
 
 @contextmanager
 def _undisturbed(model):
-    """Evaluation mode inside; every submodule's own mode and the RNG state as before after it."""
+    """x -> model(x) in evaluation mode on copies of the buffers; restores modes and RNG."""
     modes = {module: module.training for module in model.modules()}
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
     try:
         for module in modes:
             module.training = False
         with torch.random.fork_rng(devices=devices):
-            yield
+            yield lambda x: torch.func.functional_call(model, buffers, (x,))
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -157,145 +216,160 @@ def _undisturbed(model):
 # ---- refined coordinate check, alignment, statistics of layers and logits ----
 
 def refined_coordinate_check(model, reference, x, layers=None):
-    """{module name: {"effective", "propagating", "input", "input_change"}}: rms of dW x_t, W_0 dx, x_t and dx.
+    """{module name: {"effective", "propagating", "input", "input_change"}}.
 
-    These are the `.weight` norms of the package torch-module-monitor, divided by sqrt(fan_out), sqrt(fan_in). The input
-    is what the weight multiplies: after normalisation for a norm's gains, the patch for a Conv2d. An Embedding has an
-    effective update only: nan. `layers`: the result of updates(model, reference, x), where it is at hand.
+    These are the rms of dW x_t, W_0 dx, x_t and dx: torch-module-monitor's
+    `.weight` norms over sqrt(fan_out), sqrt(fan_in). The input is what the weight
+    multiplies: normalised for gains, a patch for a Conv2d. An Embedding has an
+    effective update only, else nan. `layers`: updates(model, reference, x).
     """
-    layers = updates(model, reference, x) if layers is None else layers
-    return _floats({name: {"effective": _rms(layer.effective), "propagating": _rms(layer.propagating),
-                           "input": None if layer.dx is None else _rms(layer.x), "input_change": _rms(layer.dx)}
-                    for name, layer in layers.items()})
+    rows = {}
+    for name, layer in (layers or updates(model, reference, x)).items():
+        rows[name] = {
+            "effective": _rms(layer.effective),
+            "propagating": _rms(layer.propagating),
+            "input": math.nan if layer.dx is None else _rms(layer.x),
+            "input_change": _rms(layer.dx),
+        }
+    return rows
 
 
 def alignment(model, reference, x, layers=None, reference_norms=None):
-    """{module name: {"rms_update", "operator_update", "operator_propagating"}}, per sample, averaged; 1 is the most:
+    """{module name: {"rms_update", "operator_update", "operator_propagating"}}, at most 1:
 
-        |dW x_t| / (|dW|_F |x_t|),     |dW x_t| / (|dW|_op |x_t|),     |W_0 dx| / (|W_0|_op |dx|).
+        |dW x_t| / (|dW|_F |x_t|),  |dW x_t| / (|dW|_op |x_t|),  |W_0 dx| / (|W_0|_op |dx|)
 
-    Samples with a zero denominator do not count; where all have one (dW = 0 at initialization, dx = 0 in the first
-    layer) the ratio is undefined: nan. An Embedding has one-hot inputs, |x_t| = 1, and no propagating update: nan.
-    `reference_norms`: a dict that the caller keeps, {} at first, so that each |W_0|_op is computed only once.
+    averaged over samples. Zero denominators do not count; nan where all are: dW = 0
+    at initialization, dx = 0 in the first layer. An Embedding's inputs are one-hot,
+    |x_t| = 1, and do not change: nan. `reference_norms`: a dict of the caller's, {}
+    at first, that keeps each |W_0|_op.
     """
-    layers, rows = updates(model, reference, x) if layers is None else layers, {}
-    reference_norms = {} if reference_norms is None else reference_norms
-    for name, layer in layers.items():
-        update = layer.effective.norm(dim=-1)                               # (N,)
-        size = torch.ones_like(update) if layer.dx is None else layer.x.norm(dim=-1)
-        rows[name] = {"rms_update": _mean_ratio(update, layer.dw.norm() * size),
-                      "operator_update": _mean_ratio(update, operator_norm(layer.dw) * size),
-                      "operator_propagating": None}
+    norms = {} if reference_norms is None else reference_norms
+    rows = {}
+    for name, layer in (layers or updates(model, reference, x)).items():
+        update = layer.effective.norm(dim=-1)  # (N,)
+        size, propagating = torch.ones_like(update), math.nan
         if layer.dx is not None:
-            if name not in reference_norms:
-                reference_norms[name] = operator_norm(layer.w0)
-            largest = reference_norms[name] * layer.dx.norm(dim=-1)
-            rows[name]["operator_propagating"] = _mean_ratio(layer.propagating.norm(dim=-1), largest)
-    return _floats(rows)
+            size = layer.x.norm(dim=-1)
+            if name not in norms:
+                norms[name] = operator_norm(layer.w0)
+            most = norms[name] * layer.dx.norm(dim=-1)
+            propagating = _mean_ratio(layer.propagating.norm(dim=-1), most)
+        rows[name] = {
+            "rms_update": _mean_ratio(update, layer.dw.norm() * size),
+            "operator_update": _mean_ratio(update, operator_norm(layer.dw) * size),
+            "operator_propagating": propagating,
+        }
+    return rows
 
 
 def layer_statistics(model, reference, x, layers=None):
-    """{module name: {"output", "output_change", "dead_inputs"}}: rms of W_t x_t and of W_t x_t - W_0 x_0, and the
-    fraction of input units that are exactly zero for every sample: of dead ReLUs before (nan for an Embedding).
+    """{module name: {"output", "output_change", "dead_inputs"}}.
 
-    Activations after the nonlinearity are the next module's "input" in the refined coordinate check.
+    The rms of W_t x_t and of W_t x_t - W_0 x_0, and the fraction of inputs that are
+    zero for every sample: of dead ReLUs before (nan for an Embedding).
     """
-    layers = updates(model, reference, x) if layers is None else layers
-    return _floats({name: {
-        "output": _rms(layer.effective + _multiply(layer.w0, layer.x)),
-        "output_change": _rms(layer.effective if layer.dx is None else layer.effective + layer.propagating),
-        "dead_inputs": None if layer.dx is None else (layer.x == 0).all(dim=0).float().mean(),
-    } for name, layer in layers.items()})
+    rows = {}
+    for name, layer in (layers or updates(model, reference, x)).items():
+        output = layer.effective + _multiply(layer.w0, layer.x)
+        change, dead = layer.effective, math.nan
+        if layer.dx is not None:
+            change = change + layer.propagating
+            dead = (layer.x == 0).all(dim=0).float().mean().item()
+        rows[name] = {"output": _rms(output), "output_change": _rms(change), "dead_inputs": dead}
+    return rows
 
 
 def gradient_norms(model, loss_fn, x, y):
-    """{parameter name: |dloss/dW|_F} of the scalar loss_fn(model(x), y), for every trainable parameter."""
+    """{trainable parameter's name: |dloss/dW|_F} of the scalar loss_fn(model(x), y)."""
     parameters, gradients = _gradients(model, loss_fn, x, y)
-    return _floats({"": {name: gradient.norm() for name, gradient in zip(parameters, gradients)}})[""]
+    return {name: gradient.norm().item() for name, gradient in zip(parameters, gradients)}
 
 
 def logit_statistics(logits, targets, loss_fn):
-    """{"rms", "margin", "chi"} of logits (..., K) at class indices (...), averaged over samples.
+    """{"rms", "margin", "chi"} of logits (..., K) at class indices (...), sample means.
 
-    margin: true logit minus the largest other. chi: rms over classes of dloss_i/dlogits, where loss_fn(logits, targets)
-    is the mean over samples of loss_i.
+    margin: true logit minus the largest other. chi: rms over classes, where
+    loss_fn(logits, targets) is the mean over samples of loss_i.
     """
     _check_classes(logits, targets)
-    logits, index = _wide(logits.detach()).requires_grad_(), targets.unsqueeze(-1)
+    logits = _wide(logits.detach()).requires_grad_()
     with torch.enable_grad():
         chi, = torch.autograd.grad(loss_fn(logits, targets), logits)
-    logits, chi = logits.detach(), chi * targets.numel()                    # undo the mean's 1/N
-    margin = logits.gather(-1, index).squeeze(-1) - logits.scatter(-1, index, -math.inf).amax(dim=-1)
-    return _floats({"": {"rms": _rms(logits), "margin": margin.mean(), "chi": _rms(chi)}})[""]
+    chi = chi * targets.numel()  # undoes the mean's 1/N
+    logits, index = logits.detach(), targets.unsqueeze(-1)
+    others = logits.scatter(-1, index, -math.inf).amax(dim=-1)
+    margin = logits.gather(-1, index).squeeze(-1) - others
+    return {"rms": _rms(logits), "margin": margin.mean().item(), "chi": _rms(chi)}
 
 
 def _check_classes(logits, targets):
     if targets.shape != logits.shape[:-1] or targets.numel() == 0:
-        raise ValueError(f"logits {tuple(logits.shape)} with targets {tuple(targets.shape)}: "
-                         "need (..., K) with class indices (...)")
+        raise ValueError(
+            f"logits {tuple(logits.shape)} with targets {tuple(targets.shape)}: "
+            "need (..., K) with class indices (...)")
 
 
 def _rms(rows):
-    return None if rows is None else rows.norm(dim=-1).mean() / math.sqrt(rows.shape[-1])
+    if rows is None:
+        return math.nan
+    return (rows.norm(dim=-1).mean() / math.sqrt(rows.shape[-1])).item()
 
 
 def _mean_ratio(numerator, denominator):
-    counts = denominator != 0                                               # nan counts: divergence must show
-    return torch.where(counts, numerator / denominator, 0).sum() / counts.sum()
-
-
-def _floats(rows):
-    """{name: {key: 0-d tensor, or None for nan}} as floats, in one transfer from the device."""
-    values = [value for row in rows.values() for value in row.values() if value is not None]
-    numbers = iter(torch.stack(values).tolist() if values else ())
-    return {name: {key: math.nan if value is None else next(numbers) for key, value in row.items()}
-            for name, row in rows.items()}
+    counts = denominator != 0  # nan counts: divergence must show
+    ratios = torch.where(counts, numerator / denominator, 0)
+    return (ratios.sum() / counts.sum()).item()
 
 
 # ---- largest eigenvalues: operator norm and sharpness ----
 
 def operator_norm(weight, tolerance=1e-3, max_steps=300):
-    """Largest singular value of a matrix, to 1e-3 relative or better, as a float; never a full SVD.
+    """Largest singular value of a matrix, to 1e-3 relative or better; never a full SVD.
 
-    Block Lanczos (power iteration that keeps its past iterates) on W^T W or W W^T, whichever is smaller, until the
-    residual is below `tolerance` relative. Deterministic, without the global RNG. A vector stands for a diagonal matrix
-    (a norm's gains); more than two dimensions are flattened to (fan_out, rest). nan where W is not finite.
+    Block Lanczos on the smaller of W^T W, W W^T until the residual is below
+    `tolerance` relative. Deterministic, without the global RNG. A vector stands
+    for a diagonal matrix (gains); more than two dimensions are flattened to
+    (fan_out, rest). nan where W is not finite.
     """
     weight = _wide(weight.detach())
     scale = weight.abs().max()
     if weight.ndim < 2:
         return scale.item()
     matrix = weight.flatten(1)
-    matrix = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T     # (larger, smaller)
-    unit = scale.clamp_min(torch.finfo(weight.dtype).tiny)                  # squares of tiny updates would underflow
+    if matrix.shape[0] < matrix.shape[1]:
+        matrix = matrix.T  # (larger, smaller)
+    # Squares of tiny updates would underflow.
+    unit = scale.clamp_min(torch.finfo(weight.dtype).tiny)
 
-    def gram(rows):                                                         # (b, smaller)
+    def gram(rows):  # (b, smaller)
         return (rows @ matrix.T / unit) @ matrix / unit
 
-    # Two vectors: one that happens to miss the top direction may settle on the next (seen in 1 of 2000 dense spectra).
+    # Two vectors: one may all but miss the top direction (1 of 2000 dense spectra).
     square = _top_eigenvalue(gram, matrix.shape[1], scale, tolerance, max_steps, block=2)
     return scale.item() * math.sqrt(max(square, 0.0))
 
 
 def sharpness(model, loss_fn, x, y, preconditioner=None, tolerance=1e-4, max_steps=200):
-    """Largest (most positive) Hessian eigenvalue of the scalar loss_fn(model(x), y) over the trainable parameters.
+    """Largest (most positive) Hessian eigenvalue of the scalar loss_fn(model(x), y).
 
-    With `preconditioner` P > 0, {parameter name: tensor} or a list in the order of the trainable parameters, that of
-    P^-1/2 H P^-1/2; for Adam P = sqrt(v / (1 - beta2^t)) + eps (Cohen et al., arXiv 2207.14484). Lanczos on Hessian-
-    vector products until the residual is below `tolerance` relative; each of at most `max_steps` steps keeps one vector
-    of the parameters' size. BatchNorm counts by its running statistics. ValueError for a loss that is not a scalar, or
-    a preconditioner that does not fit or is not positive.
+    Over the trainable parameters. With `preconditioner` P > 0, {name: tensor} or
+    a list in their order, that of P^-1/2 H P^-1/2; for Adam
+    P = sqrt(v / (1 - beta2^t)) + eps (Cohen et al., arXiv 2207.14484). Lanczos
+    until the residual is below `tolerance` relative; a step is one Hessian-vector
+    product and keeps one vector. ValueError for a loss that is not a scalar, or a
+    preconditioner that does not fit or is not positive.
     """
     parameters, gradients = _gradients(model, loss_fn, x, y, create_graph=True)
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = _flatten(gradients)
     scale = 1.0 if preconditioner is None else _inverse_root(preconditioner, parameters)
-    if not flat.requires_grad:                                              # the loss is linear in the parameters
+    if not flat.requires_grad:  # the loss is linear in the parameters
         return 0.0
 
-    def hessian(rows):                                                      # (1, parameters)
-        products = torch.autograd.grad(flat, list(parameters.values()), scale * rows[0], retain_graph=True,
-                                       materialize_grads=True)
-        return scale * torch.cat([product.flatten() for product in products])[None]
+    def hessian(rows):  # (1, parameters)
+        products = torch.autograd.grad(
+            flat, list(parameters.values()), scale * rows[0], retain_graph=True, materialize_grads=True)
+        return scale * _flatten(products)[None]
 
     return _top_eigenvalue(hessian, len(flat), flat.detach(), tolerance, max_steps, block=1)
 
@@ -303,14 +377,17 @@ def sharpness(model, loss_fn, x, y, preconditioner=None, tolerance=1e-4, max_ste
 def _gradients(model, loss_fn, x, y, create_graph=False):
     """({name: trainable parameter}, their gradients); .grad is not touched."""
     model = _eager(model)
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # Fused attention kernels have no second derivative.
-    with _undisturbed(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        loss = loss_fn(model(x), y)
+    with _undisturbed(model) as forward, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        loss = loss_fn(forward(x), y)
         if loss.ndim != 0:
-            raise ValueError(f"loss_fn must return a scalar, not shape {tuple(loss.shape)}: reduce it, by its mean say")
-        return parameters, torch.autograd.grad(loss, list(parameters.values()), create_graph=create_graph,
-                                               materialize_grads=True)
+            raise ValueError(
+                f"loss_fn must return a scalar, not shape {tuple(loss.shape)}: "
+                "reduce it, by its mean say")
+        gradients = torch.autograd.grad(
+            loss, list(parameters.values()), create_graph=create_graph, materialize_grads=True)
+    return parameters, gradients
 
 
 def _inverse_root(preconditioner, parameters):
@@ -318,47 +395,61 @@ def _inverse_root(preconditioner, parameters):
     if not isinstance(preconditioner, dict):
         preconditioner = dict(zip(parameters, preconditioner))
     for name, parameter in parameters.items():
-        entry = preconditioner.get(name)
-        if entry is None or entry.shape != parameter.shape or not (entry > 0).all():
-            raise ValueError(f"preconditioner of {name!r} must be a positive tensor of shape {tuple(parameter.shape)}")
-    return torch.cat([preconditioner[name].detach().flatten() for name in parameters]).rsqrt()
+        entry, shape = preconditioner.get(name), parameter.shape
+        if entry is None or entry.shape != shape or not (entry > 0).all():
+            raise ValueError(
+                f"preconditioner of {name!r} must be a positive tensor of shape {tuple(shape)}")
+    return _flatten(preconditioner[name].detach() for name in parameters).rsqrt()
+
+
+def _flatten(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _top_eigenvalue(multiply, n, like, tolerance, max_steps, block):
-    """Largest eigenvalue of a symmetric map A on R^n, given as multiply(rows (b, n)) -> (b, n).
+    """Largest eigenvalue of a symmetric map A on R^n, multiply(rows (b, n)) -> (b, n).
 
-    Block Lanczos with full reorthogonalisation: V (k, n), with orthonormal rows, grows by A times its newest block. The
-    top eigenvalue of T = V A V^T, with eigenvector s, is off an eigenvalue of A by at most the residual |L^T s_newest|,
-    where L Q is what the newest block's image has outside V. Read every fourth row: the only transfers from the device.
+    Block Lanczos (power iteration that keeps its iterates), reorthogonalised:
+    V (k, n), of orthonormal rows, grows by A times its newest block. The top
+    eigenvalue of T = V A V^T, eigenvector s, is off one of A's by at most the
+    residual |L^T s_newest|, where L Q is what the newest block's image has
+    outside V. Read every fourth row, as that is a transfer from the device.
     """
     generator = torch.Generator(like.device).manual_seed(0)
     noise = partial(torch.randn, generator=generator, device=like.device, dtype=like.dtype)
-    eps, limit, size, largest = torch.finfo(like.dtype).eps, min(n, max_steps), 0, like.new_zeros(())
+    eps, limit = torch.finfo(like.dtype).eps, min(n, max_steps)
     basis, t = like.new_empty(min(n, 16), n), like.new_zeros(limit, limit + block)
+    size, largest = 0, like.new_zeros(())
     new = _orthonormal(noise(min(block, limit), n))[0]
     while True:
         newest, size = slice(size, size + len(new)), size + len(new)
         if size > len(basis):
             basis = torch.cat([basis, torch.empty_like(basis)])
         basis[newest] = new
-        v, image = basis[:size], multiply(new)                              # (size, n), (b, n)
+        v, image = basis[:size], multiply(new)  # (size, n), (b, n)
         t[newest, :size] = image @ v.T
         largest = torch.maximum(largest, image.norm())
-        # Where A maps V into itself only rounding is left outside: noise of that size gives a fresh direction then.
-        outside = image - t[newest, :size] @ v + 8 * eps / math.sqrt(n) * largest * noise(len(new), n)
+        # Where A maps V into itself, noise of rounding's size gives a fresh direction.
+        fresh = 8 * eps / math.sqrt(n) * largest * noise(len(new), n)
+        outside = image - t[newest, :size] @ v + fresh
         new, t[newest, size:size + len(new)] = _orthonormal(outside)
         if size % 4 == 0 or size == limit:
             corner = t[:size, :size + len(new)].cpu().double()
             if not corner.isfinite().all():
                 return math.nan
-            values, vectors = torch.linalg.eigh(corner[:, :size])           # reads T's lower triangle
-            value, residual = values[-1].item(), (vectors[newest, -1] @ corner[newest, size:]).norm().item()
-            if size == n or residual <= max(tolerance * abs(value), 16 * eps * values.abs().max().item()):
+            values, vectors = torch.linalg.eigh(corner[:, :size])  # of T's lower triangle
+            value = values[-1].item()
+            residual = (vectors[newest, -1] @ corner[newest, size:]).norm().item()
+            floor = 16 * eps * values.abs().max().item()
+            if size == n or residual <= max(tolerance * abs(value), floor):
                 return value
             if size == limit:
-                warnings.warn(f"eigenvalue {value:.3g} has residual {residual:.1g}: raise {max_steps=}", stacklevel=3)
+                warnings.warn(
+                    f"eigenvalue {value:.3g} has residual {residual:.1g}: raise {max_steps=}",
+                    stacklevel=3)
                 return value
-        new = _orthonormal(new - new @ v.T @ v)[0][:limit - size]           # again, since rounding left some of V in it
+        # Once more, since rounding left some of V in it.
+        new = _orthonormal(new - new @ v.T @ v)[0][:limit - size]
 
 
 def _orthonormal(rows):
@@ -370,23 +461,27 @@ def _orthonormal(rows):
 # ---- calibration and exponents ----
 
 def expected_calibration_error(logits, targets, bins=15):
-    """sum_b (n_b / N) |accuracy_b - confidence_b| (Guo et al., arXiv 1706.04599), logits (..., K), class indices (...).
+    """sum_b (n_b / N) |accuracy_b - confidence_b| (Guo et al., arXiv 1706.04599).
 
-    Bin b holds the n_b samples whose top softmax probability lies in ((b-1)/bins, b/bins].
+    logits (..., K), class indices (...). Bin b holds the n_b samples whose top
+    softmax probability lies in ((b-1)/bins, b/bins].
     """
     _check_classes(logits, targets)
-    confidence, prediction = _wide(logits.detach()).flatten(0, -2).softmax(dim=-1).max(dim=-1)     # (N,)
+    probabilities = _wide(logits.detach()).flatten(0, -2).softmax(dim=-1)
+    confidence, prediction = probabilities.max(dim=-1)  # (N,)
     excess = (prediction == targets.flatten()).to(confidence.dtype) - confidence
     edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=confidence.device)
-    sums = excess.new_zeros(bins).index_add_(0, torch.bucketize(confidence, edges[1:-1]), excess)
+    bin_of = torch.bucketize(confidence, edges[1:-1])
+    sums = excess.new_zeros(bins).index_add_(0, bin_of, excess)
     return (sums.abs().sum() / len(excess)).item()
 
 
 def fit_exponent(widths, values):
-    """(slope, intercept) of least squares on natural logs: values are about exp(intercept) * widths**slope.
+    """(slope, intercept) of least squares on natural logs: exp(intercept) * widths**slope.
 
-    values (W,), or (S, W) for S seeds: then the line is fitted to the mean over seeds of the logs. ValueError for
-    values that are not finite and positive, naming them, and for fewer than two distinct widths.
+    values (W,), or (S, W) for S seeds: the line is fitted to their mean log.
+    ValueError for values that are not finite and positive, and for fewer than two
+    distinct widths.
     """
     log_n, logs = _logs(widths, values)
     slope = _slope_weights(log_n) @ logs.mean(dim=0)
@@ -396,17 +491,19 @@ def fit_exponent(widths, values):
 def exponent_interval(widths, values, level=0.95, resamples=2000, seed=0, resolution=1.0):
     """Bootstrap interval (low, high) of fit_exponent's slope, for values (S, W) of S seeds.
 
-    Resampling whole seeds covers far too rarely with few of them (three: 74 % in place of 95 %). Instead the logs'
-    deviations from their width's mean are pooled and resampled, which takes runs of different widths for independent
-    and equally noisy; scaled by sqrt(S W / d), d = W (S-1), for an unbiased variance; and each resample is divided by
-    sqrt(chi2_d / d): Student's t in place of the normal. One seed: the deviations are those from the line, d = W-2, and
-    (nan, nan) with two widths. `resolution`: factor between neighbours of the grid the values were read from, a number
-    or (W,); each resample moves its values uniformly within one such step, in log.
+    Few whole seeds resampled cover too rarely (three: 74 % in place of 95 %).
+    Instead the logs' deviations from their width's mean are pooled and resampled,
+    which takes widths for independent and equally noisy; scaled by sqrt(S W / d),
+    d = W (S-1), to be unbiased in variance; each resample over sqrt(chi2_d / d):
+    Student's t in place of the normal. One seed: deviations from the line,
+    d = W-2, and (nan, nan) with two widths. `resolution`: factor between
+    neighbours of the values' grid, a number or (W,); each resample moves its
+    values uniformly within one such step, in log.
     """
     log_n, logs = _logs(widths, values)
     weights, (seeds, count) = _slope_weights(log_n), logs.shape
-    slope, mean = weights @ logs.mean(dim=0), logs.mean(dim=0)
-    freedom = count * (seeds - 1)
+    mean = logs.mean(dim=0)
+    slope, freedom = weights @ mean, count * (seeds - 1)
     if seeds == 1:
         mean, freedom = logs.mean() + slope * (log_n - log_n.mean()), count - 2
     if freedom == 0:
@@ -414,9 +511,10 @@ def exponent_interval(widths, values, level=0.95, resamples=2000, seed=0, resolu
     generator, exact = torch.Generator().manual_seed(seed), {"dtype": torch.float64}
     deviations = (logs - mean).flatten() * math.sqrt(seeds * count / freedom)
     picks = torch.randint(seeds * count, (resamples, seeds, count), generator=generator)
-    chi2 = torch.randn(resamples, freedom, generator=generator, **exact).square().sum(dim=1, keepdim=True)
+    normal = torch.randn(resamples, freedom, generator=generator, **exact)
+    chi2 = normal.square().sum(dim=1, keepdim=True)
     within_step = torch.rand(resamples, count, generator=generator, **exact) - 0.5
-    draws = deviations[picks].mean(dim=1) / (chi2 / freedom).sqrt()                         # (resamples, W)
+    draws = deviations[picks].mean(dim=1) / (chi2 / freedom).sqrt()  # (resamples, W)
     draws = draws + within_step * torch.as_tensor(resolution, **exact).log()
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], **exact)
     return tuple((slope + draws @ weights).quantile(tails).tolist())
@@ -426,12 +524,15 @@ def _logs(widths, values):
     """Natural logs of widths (W,) and values (S, W), checked, in float64."""
     widths = torch.as_tensor(widths, dtype=torch.float64, device="cpu")
     values = torch.atleast_2d(torch.as_tensor(values, dtype=torch.float64, device="cpu"))
-    if widths.ndim != 1 or values.ndim != 2 or values.shape[1] != len(widths) or len(values) == 0:
-        raise ValueError(f"widths {tuple(widths.shape)}, values {tuple(values.shape)}: need (W,) and (W,) or (S, W)")
+    if values.ndim != 2 or widths.shape != values.shape[1:] or len(values) == 0:
+        raise ValueError(
+            f"widths {tuple(widths.shape)}, values {tuple(values.shape)}: "
+            "need (W,) and (W,) or (S, W)")
     for name, tensor in (("widths", widths), ("values", values)):
         bad = tensor[~(tensor.isfinite() & (tensor > 0))].tolist()
         if bad:
-            raise ValueError(f"{name} must be finite and positive to have an exponent, not {bad}: leave those out")
+            raise ValueError(
+                f"{name} must be finite and positive to have an exponent, not {bad}: leave those out")
     if len(widths.unique()) < 2:
         raise ValueError(f"an exponent needs at least two distinct widths, not {widths.tolist()}")
     return widths.log(), values.log()
@@ -439,4 +540,4 @@ def _logs(widths, values):
 
 def _slope_weights(log_n):
     centred = log_n - log_n.mean()
-    return centred / (centred @ centred)                                    # slope = weights @ logs
+    return centred / (centred @ centred)  # slope = weights @ logs

@@ -1,58 +1,77 @@
 """Width-scaling exponents: one table, and the initial weights, learning rates and predictions it implies.
 
-Companion to arXiv 2505.22491 (Haas, Bordt, von Luxburg, Vankadara), Propositions 1 and 2 in `predict`.
+Companion to arXiv 2505.22491 (Haas, Bordt, von Luxburg, Vankadara); Propositions 1 and 2 are in `predict`.
 
-    n, n0   width and base width; m = n / n0, which may be below one. Everything coincides at m = 1.
-    b       initialization: std = (std at n0) * m^-b        c   learning rate: LR = base LR * m^-(c + alpha)
-    alpha   global exponent on top of c for every tensor    γ   Adam's ε = (ε at n0) * m^-γ
-    roles   input (only fan-out grows with width), hidden (both), output (only fan-in), vector (biases, norm gains)
+    n, n0   width and base width; m = n / n0, also below one. Everything coincides at m = 1.
+    b       initialization: std = (std at n0) * m^-b
+    c       learning rate: LR = base LR * m^-(c + alpha)
+    alpha   global exponent on top of c, for every tensor
+    γ       Adam's ε = (ε at n0) * m^-γ
+    roles   input (only fan-out grows with width), hidden (both), output (only fan-in),
+            vector (biases, norm gains)
 
-All parameterizations are written without multipliers in the forward pass: by abc symmetry, a multiplier n^-a with
-std n^-b and LR n^-c trains identically under a+θ, b-θ, c-2θ (SGD) or c-θ (Adam with ε along), so a = 0 loses nothing.
+There are no multipliers in the forward pass. By abc symmetry, a multiplier n^-a with std n^-b and LR n^-c
+trains alike under a+θ, b-θ, c-2θ (SGD) or c-θ (Adam with ε along), so a = 0 loses nothing.
 
-    base = MLP(784, 256, 3, 10)                                      # same architecture at the base width
+    base = MLP(784, 256, 3, 10)                                 # same architecture at the base width
     init_(model, base, "mup", generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(param_groups(model, base, "mup", "sgd", lr=0.1))
-    print(plan(model, base, "mup", "sgd", lr=0.1))                   # look at it once: is anything scaled?
+    print(plan(model, base, "mup", "sgd", lr=0.1))              # look at it once: is anything scaled?
 
-This file needs torch only and can be copied alone. Schedules: group["lr"] = schedule(step) * group["base_lr"].
-Out of scope: depth scaling, and attention logits where d_head grows with width (mup then needs sqrt(d0)/d_head).
+Needs torch only and can be copied alone. Schedules: group["lr"] = schedule(step) * group["base_lr"].
+Out of scope: depth scaling, and attention logits where d_head grows with width (mup needs sqrt(d0)/d_head).
 """
 import math
 import warnings
 from collections import namedtuple
 from types import SimpleNamespace
 
-import torch.nn as nn
+from torch import nn
 
 ROLES = ("input", "hidden", "output", "vector")
 
-#                                    (input, hidden, output, vector)
 PARAMETERIZATIONS = {
-    "sp":                          {"b":        (0.0, 0.5, 0.5, 0.0),       # standard: He init, one global LR
-                                    "sgd":      (0.0, 0.0, 0.0, 0.0),
-                                    "adam":     (0.0, 0.0, 0.0, 0.0),
-                                    "adam_eps": (0.5, 0.5, 0.0, 0.5)},
-    "ntp":                         {"b":        (0.0, 0.5, 0.5, 0.0),       # neural tangent, one LR before multipliers
-                                    "sgd":      (0.0, 1.0, 1.0, 0.0),
-                                    "adam":     (0.0, 0.5, 0.5, 0.0),
-                                    "adam_eps": (0.5, 0.5, 0.0, 0.5)},
-    "mup":                         {"b":        (0.0, 0.5, 1.0, 0.0),       # maximal update, arXiv 2203.03466
-                                    "sgd":      (-1., 0.0, 1.0, -1.),
-                                    "adam":     (0.0, 1.0, 1.0, 0.0),
-                                    "adam_eps": (1.0, 1.0, 0.0, 1.0)},
-    "sp_full_align":               {"b":        (0.0, 0.5, 0.5, 0.0),       # Everett et al., arXiv 2407.05872
-                                    "sgd":      (-.5, 0.5, 1.0, -.5),
-                                    "adam":     (0.0, 1.0, 1.0, 0.0),
-                                    "adam_eps": (0.5, 0.5, 0.0, 0.5)},
-    "sp_full_align_large_readout": {"b":        (0.0, 0.5, 0.5, 0.0),
-                                    "sgd":      (-.5, 0.5, 0.5, -.5),
-                                    "adam":     (0.0, 1.0, 0.5, 0.0),
-                                    "adam_eps": (0.5, 0.5, 0.0, 0.5)},
+    #            (input, hidden, output, vector)
+    "sp": {                                 # standard: He init, one global LR
+        "b":        (0.0, 0.5, 0.5, 0.0),
+        "sgd":      (0.0, 0.0, 0.0, 0.0),
+        "adam":     (0.0, 0.0, 0.0, 0.0),
+        "adam_eps": (0.5, 0.5, 0.0, 0.5)},
+    "ntp": {                                # neural tangent, one LR before multipliers
+        "b":        (0.0, 0.5, 0.5, 0.0),
+        "sgd":      (0.0, 1.0, 1.0, 0.0),
+        "adam":     (0.0, 0.5, 0.5, 0.0),
+        "adam_eps": (0.5, 0.5, 0.0, 0.5)},
+    "mup": {                                # maximal update, arXiv 2203.03466
+        "b":        (0.0, 0.5, 1.0, 0.0),
+        "sgd":      (-1., 0.0, 1.0, -1.),
+        "adam":     (0.0, 1.0, 1.0, 0.0),
+        "adam_eps": (1.0, 1.0, 0.0, 1.0)},
+    "sp_full_align": {                      # Everett et al., arXiv 2407.05872
+        "b":        (0.0, 0.5, 0.5, 0.0),
+        "sgd":      (-.5, 0.5, 1.0, -.5),
+        "adam":     (0.0, 1.0, 1.0, 0.0),
+        "adam_eps": (0.5, 0.5, 0.0, 0.5)},
+    "sp_full_align_large_readout": {
+        "b":        (0.0, 0.5, 0.5, 0.0),
+        "sgd":      (-.5, 0.5, 0.5, -.5),
+        "adam":     (0.0, 1.0, 0.5, 0.0),
+        "adam_eps": (0.5, 0.5, 0.0, 0.5)},
 }
 OPTIMIZERS = ("sgd", "adam")
-BOUNDED_DERIVATIVE = {"ce": True, "mse": False, "brier": True}      # is |dloss/dlogits| bounded, whatever the logits?
 TRAINABLE = {"all": ROLES, "readout": ("output",)}
+
+# bounded: is |dloss/dlogits| bounded, whatever the logits?
+# vanishes: does it tend to zero where the softmax saturates on the wrong class?
+Loss = namedtuple("Loss", "bounded vanishes")
+LOSSES = {
+    "ce":            Loss(bounded=True, vanishes=False),
+    "mse":           Loss(bounded=False, vanishes=False),
+    "brier":         Loss(bounded=True, vanishes=True),
+    "huber":         Loss(bounded=True, vanishes=False),
+    "hinge":         Loss(bounded=True, vanishes=False),
+    "squared_hinge": Loss(bounded=False, vanishes=False),
+}
 
 
 def _choose(kind, value, allowed):
@@ -68,154 +87,202 @@ def exponents(parameterization, optimizer, alpha=0.0):
     return {role: (row["b"][i], c[i] + alpha) for i, role in enumerate(ROLES)}
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Predictions: exponents of m for the size of updates, features and logits
+# ---- predictions: exponents of m for the size of updates, features and logits ----
 
 def predict(parameterization, optimizer, loss, alpha=0.0, hidden_layers=3, trainable="all", step=1):
     """Width exponents under full alignment, and the training regime (Propositions 1 and 2).
 
-    hidden_layers counts hidden activations: the network has hidden_layers - 1 hidden matrices. trainable is "all" or
-    "readout" (random features). step = 1 asks for the first update, from the initial readout; a larger step for the
-    later ones, whose backward signal also passes the readout's update. A quantity that is never updated has -inf.
+    hidden_layers counts hidden activations, one more than hidden matrices. trainable: "all" or "readout"
+    (random features). step = 1: the first update, from the initial readout; larger: later ones, whose
+    backward signal also passes the readout's update. ValueError on unknown names. Returns an object with
 
-    Returns an object with
-        .effective    [layer 1, ..., readout]   ΔW x
+        .effective    [layer 1, ..., readout]   ΔW x; -inf where never updated
         .propagating  [layer 2, ..., readout]   W0 Δx
         .features     [hidden activation 1, ..., hidden_layers]   Δx
         .logits       the logits themselves, initial ones included
-        .regime       "stable", "controlled divergence" or "catastrophic", of training as a whole (any step)
-    ValueError on unknown names or hidden_layers < 1.
+        .regime       "stable", "controlled divergence" or "catastrophic", of all steps together
+        .lower_bound  True at later steps of a catastrophic regime, where divergence feeds back from
+                      step to step (mse, sp, alpha = 0: hidden updates n^1.98 at step 4, for n^1)
+
+    What carries over to a GPT: effective exponents and logits. Normalizations hand on inputs of order
+    one, so growing features are not catastrophic there, and the readout's propagating exponent is at
+    most 1 - b_out (sp, Adam, alpha = 0: 1/2, not 3/2).
     """
     e = exponents(parameterization, optimizer, alpha)
-    _choose("loss", loss, BOUNDED_DERIVATIVE)
+    bounded = LOSSES[_choose("loss", loss, LOSSES)].bounded
     trained = TRAINABLE[_choose("trainable", trainable, TRAINABLE)]
     if hidden_layers < 1:
         raise ValueError(f"hidden_layers is {hidden_layers}; a width needs at least one hidden activation")
     b = {role: e[role][0] for role in ROLES}
     c = {role: e[role][1] if role in trained else math.inf for role in ROLES}       # never updated: m^-inf
 
-    # The backward signal is one entry of the readout: its initial value, and from the second step on its update too.
-    # Adam divides it away.
+    # Backward through the readout: its initial entries, and from the second step on its update too.
     backward = -b["output"] if step <= 1 else -min(b["output"], c["output"])
     if optimizer == "adam":
-        backward = 0.0
+        backward = 0.0                              # divided away
+
+    # Proposition 2: a layer learns features at exponent 0. sp, SGD, alpha = 1/2: all but the first.
     update_in = backward - c["input"]               # fixed fan-in
     update_hidden = 1 + backward - c["hidden"]      # n aligned terms
     update_out = 1 - c["output"]                    # n aligned terms, dloss/dlogits of order one
-
+    effective = [update_in] + [update_hidden] * (hidden_layers - 1) + [update_out]
     features = [update_in] + [max(update_in, update_hidden)] * (hidden_layers - 1)
-    propagating = [0.5 - b["hidden"] + delta for delta in features[:-1]]            # W0 independent of Δx: sqrt(n) terms
-    propagating.append(1 - b["output"] + features[-1])                              # W0 aligned with Δx: n terms
+    propagating = [0.5 - b["hidden"] + delta for delta in features[:-1]]    # independent: sqrt(n) terms
+    propagating.append(1 - b["output"] + features[-1])                      # W0, Δx aligned: n terms
     logits = max(0.5 - b["output"], update_out, propagating[-1])
 
-    if step <= 1:       # exponents grow from the first to the later steps, so the later ones decide
-        regime = predict(parameterization, optimizer, loss, alpha, hidden_layers, trainable, step=2).regime
-    elif features[-1] > 0 or (logits > 0 and not BOUNDED_DERIVATIVE[loss]):
+    # Proposition 1: the regime. Later steps have the larger exponents and decide. Diverging logits
+    # feed back through an unbounded derivative under SGD only: Adam divides its size away.
+    feeds_back = logits > 0 and not bounded and optimizer == "sgd"
+    if step <= 1:
+        regime = predict(parameterization, optimizer, loss, alpha, hidden_layers, trainable, 2).regime
+    elif features[-1] > 0 or feeds_back:
         regime = "catastrophic"
     else:
         regime = "controlled divergence" if logits > 0 else "stable"
-    return SimpleNamespace(effective=[update_in] + [update_hidden] * (hidden_layers - 1) + [update_out],
-                           propagating=propagating, features=features, logits=logits, regime=regime)
+    return SimpleNamespace(effective=effective, propagating=propagating, features=features, logits=logits,
+                           regime=regime, lower_bound=step > 1 and regime == "catastrophic")
 
 
 def max_stable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainable="all"):
-    """Smallest alpha whose regime is not catastrophic: the maximal stable LR falls as n^-alpha. -inf: no bound.
+    """Smallest alpha whose regime is not catastrophic: the maximal stable LR falls as n^-alpha.
 
-    Found by bisection, since every exponent of `predict` decreases in alpha. Proposition 1: sp, SGD, deep: 1/2 under
-    CE and 1 under MSE.
+    Proposition 1: sp, SGD, deep: 1/2 under ce, 1 under mse (Adam: 1 under both). -inf is no bound, as
+    nothing feeds back (only the readout trains, ce); data that are not separable still set an edge by
+    the loss.
     """
     def stable(alpha):
-        return predict(parameterization, optimizer, loss, alpha, hidden_layers, trainable).regime != "catastrophic"
+        later = predict(parameterization, optimizer, loss, alpha, hidden_layers, trainable, step=2)
+        return later.regime != "catastrophic"
+    return _smallest_alpha(stable)
 
+
+def max_trainable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainable="all"):
+    """Smallest alpha at which a network is stable and trains: max_stable_alpha for all losses but brier.
+
+    A loss whose derivative vanishes trains only while its logits do not diverge: beyond, softmax
+    saturates, wrong samples cease to pull (under Adam below its ε), and nothing blows up. sp, SGD,
+    deep, brier: 1, not 1/2. A derivation of ours beside the paper's Proposition 1.
+    """
+    def trains(alpha):
+        later = predict(parameterization, optimizer, loss, alpha, hidden_layers, trainable, step=2)
+        saturated = LOSSES[loss].vanishes and later.logits > 0
+        return later.regime != "catastrophic" and not saturated
+    return _smallest_alpha(trains)
+
+
+def _smallest_alpha(holds):
+    """By bisection, as all exponents of `predict` fall with alpha. -inf: always holds, inf: never."""
     low, high = -64.0, 64.0
-    if stable(low):
+    if holds(low):
         return -math.inf
-    if not stable(high):
+    if not holds(high):
         return math.inf
     while high - low > 2 ** -40:        # dyadic throughout: half-integers come out exact
         middle = (low + high) / 2
-        low, high = (low, middle) if stable(middle) else (middle, high)
+        low, high = (low, middle) if holds(middle) else (middle, high)
     return high
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Roles and multipliers of any model, from shapes alone
+# ---- roles and width ratios of any model, from shapes alone ----
 
-# One tensor of a model: m is the ratio to the base width along the dimension its role reads (hidden: fan-in),
-# base_std its He standard deviation at the base width with gain 1.
+# m: ratio to the base width along the dimension that the role reads (input: fan-out, else fan-in).
+# base_std: standard deviation at the base width, with gain 1.
 Scaled = namedtuple("Scaled", "name tensor role m base_std owner")
 
-# Which dimensions are (fan-out, fan-in), by class name, so that no package need be imported.
-_FAN_DIMS = {"Linear": (0, 1), "Conv1d": (0, 1), "Conv2d": (0, 1), "Conv3d": (0, 1), "Embedding": (1, 0), "Conv1D": (1, 0),
-             "ConvTranspose1d": (1, 0), "ConvTranspose2d": (1, 0), "ConvTranspose3d": (1, 0)}
-_COMPILED = "_orig_mod."        # torch.compile prefixes names with it
+# The dimensions (fan-out, fan-in), by class name, so that no package need be imported.
+_FAN_DIMS = {
+    "Linear": (0, 1), "Conv1d": (0, 1), "Conv2d": (0, 1), "Conv3d": (0, 1),
+    "Embedding": (1, 0), "EmbeddingBag": (1, 0), "Conv1D": (1, 0),              # Conv1D: transformers'
+    "ConvTranspose1d": (1, 0), "ConvTranspose2d": (1, 0), "ConvTranspose3d": (1, 0)}
 
-_NOTHING_SCALES = ("NOTHING SCALES: model and base have the same shapes, so every parameterization is the standard one "
-                   "here. Pass the same architecture at another width as base, or, at the base width itself, roles as overrides")
+# torch.nn.utils' hooks and parametrizations that replace a weight's scale.
+_RESCALING = {"WeightNorm", "_WeightNorm", "SpectralNorm", "_SpectralNorm", "_Orthogonal"}
+
+_NOTHING_SCALES = (
+    "NOTHING SCALES: model and base have the same shapes, so every parameterization is the standard "
+    "one here. Pass the same architecture at another width as base, or, at the base width itself, "
+    "roles as overrides")
+
+
+def _plain(name):
+    """A parameter's name without torch.compile's prefix."""
+    return name.replace("_orig_mod.", "")
 
 
 def _fan_dims(owner):
     if getattr(owner, "transposed", False) and owner.groups > 1:
         return None         # (in, out / groups): the fan-in, in / groups, is no dimension
-    return next((_FAN_DIMS[cls.__name__] for cls in type(owner).__mro__ if cls.__name__ in _FAN_DIMS), None)
+    names = [cls.__name__ for cls in type(owner).__mro__]
+    return next((_FAN_DIMS[name] for name in names if name in _FAN_DIMS), None)
 
 
-def _fan_in(tensor, owner, role):
-    """Number of summands behind one output: 1 for tables, whose one-hot input picks a row; else as in torch.nn.init."""
-    dims = _fan_dims(owner)
-    table = isinstance(owner, nn.Embedding) or (dims is None and role == "input")
-    if tensor.ndim <= 1 or table:
+def _fan_in(tensor, owner):
+    """Number of summands behind one output, as in torch.nn.init, but 1 for tables: they pick a row."""
+    if tensor.ndim <= 1 or isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         return 1
-    return tensor.shape[(dims or (0, 1))[1]] * math.prod(tensor.shape[2:])
+    fan_in = (_fan_dims(owner) or (0, 1))[1]
+    return tensor.shape[fan_in] * math.prod(tensor.shape[2:])
 
 
 def _role_and_ratio(name, tensor, base_tensor, owner, role):
-    """(role, m) of one tensor; role may be given (an override), else it is read off the dimensions that scale."""
+    """(role, m) of one tensor; role None (no override) is read off the dimensions that scale."""
     ratios = [size / base_size for size, base_size in zip(tensor.shape, base_tensor.shape)]
     scaling = [ratio for ratio in ratios if ratio != 1]
-    dims = _fan_dims(owner) if tensor.ndim > 1 else None
+    dims = _fan_dims(owner)
     if role is None:
         if tensor.ndim <= 1 or not scaling:
-            role = "vector"         # also tensors of fixed shape (a readout's bias): m = 1, no exponent matters
+            role = "vector"         # also of fixed shape (a readout's bias): m = 1, no exponent acts
         elif len(scaling) > 1:
             role = "hidden"
         elif dims is None:
-            raise ValueError(f"cannot tell fan-in from fan-out of {name} {tuple(tensor.shape)} in a "
-                             f"{type(owner).__name__}; pass overrides={{{name!r}: 'input'}} (or 'output', 'hidden', 'vector')")
+            raise ValueError(
+                f"cannot tell fan-in from fan-out of {name} {tuple(tensor.shape)} in a "
+                f"{type(owner).__name__}; pass overrides={{{name!r}: 'input'}} "
+                "(or 'output', 'hidden', 'vector')")
         else:
             role = "input" if ratios[dims[0]] != 1 else "output"
     _choose(f"role of {name}:", role, ROLES)
-    if dims is not None and role != "vector":
-        m = ratios[dims[0 if role == "input" else 1]]
-    else:
-        m = max(scaling, default=1.0, key=lambda ratio: abs(math.log(ratio)))
-    return role, m
+    largest = max(scaling, default=1.0, key=lambda ratio: abs(math.log(ratio)))
+    if tensor.ndim <= 1 or role == "vector":
+        return role, largest
+    m = ratios[(dims or (0, 1))[0 if role == "input" else 1]]
+    return role, largest if dims is None and m == 1 else m
+
+
+def _refuse_rescaled(name, owner):
+    attached = [*owner.children(), *owner._forward_pre_hooks.values()]
+    found = {type(part).__name__ for part in attached} & _RESCALING
+    if found:
+        raise ValueError(
+            f"{name}: {found.pop().lstrip('_')} replaces the scale that init_ draws by one without "
+            "exponents; remove it (remove_weight_norm or remove_spectral_norm of torch.nn.utils, or "
+            "remove_parametrizations of torch.nn.utils.parametrize)")
 
 
 def _scaled(model, base, overrides=None):
     """[Scaled] for every parameter of model; the reading of shapes that all public functions share."""
-    overrides = {name.replace(_COMPILED, ""): role for name, role in (overrides or {}).items()}
-    base_shapes = {name.replace(_COMPILED, ""): p for name, p in base.named_parameters(remove_duplicate=False)}
+    overrides = {_plain(name): role for name, role in (overrides or {}).items()}
+    base_tensors = {_plain(name): p for name, p in base.named_parameters(remove_duplicate=False)}
     modules = dict(model.named_modules(remove_duplicate=False))
-    records, seen = [], {}
+    records = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
-        base_tensor = base_shapes.pop(name.replace(_COMPILED, ""), None)
+        base_tensor = base_tensors.pop(_plain(name), None)
         if base_tensor is None or base_tensor.ndim != tensor.ndim:
             raise ValueError(f"{name} {tuple(tensor.shape)} has no counterpart in base; "
                              "base must be the same architecture at another width (same depth, same names)")
         owner = modules[name.rpartition(".")[0]]
-        role, m = _role_and_ratio(name, tensor, base_tensor, owner, overrides.pop(name.replace(_COMPILED, ""), None))
-        if id(tensor) in seen:
-            first = seen[id(tensor)]
-            if first.role != role:
-                raise ValueError(f"{first.name} ({first.role}) and {name} ({role}) are one tied tensor, which has no single "
-                                 "role; untie them (transformers: tie_word_embeddings=False)")
-            continue
-        records.append(Scaled(name, tensor, role, m, _fan_in(base_tensor, owner, role) ** -0.5, owner))
-        seen[id(tensor)] = records[-1]
-    if overrides or base_shapes:
-        raise ValueError(f"no parameter of the model is called {', '.join([*overrides, *base_shapes])}")
-    return records
+        _refuse_rescaled(name, owner)
+        role, m = _role_and_ratio(name, tensor, base_tensor, owner, overrides.pop(_plain(name), None))
+        record = Scaled(name, tensor, role, m, _fan_in(base_tensor, owner) ** -0.5, owner)
+        first = records.setdefault(id(tensor), record)
+        if first.role != role:
+            raise ValueError(
+                f"{first.name} ({first.role}) and {name} ({role}) are one tied tensor, which has no "
+                "single role; untie them (transformers: tie_word_embeddings=False)")
+    if overrides or base_tensors:
+        raise ValueError(f"no parameter of the model is called {', '.join([*overrides, *base_tensors])}")
+    return list(records.values())
 
 
 def _warn_if_nothing_scales(records, overrides):
@@ -226,35 +293,42 @@ def _warn_if_nothing_scales(records, overrides):
 def infer_roles(model, base, overrides=None):
     """{parameter name: role}, from comparing shapes with base, the same architecture at another width.
 
-    base may live on the meta device. Fan-in and fan-out are known for nn.Linear, nn.Conv*, nn.ConvTranspose* (one group),
-    nn.Embedding and transformers' Conv1D; for other tensors of which one dimension scales give overrides={name: role};
-    those of which two scale are hidden, and read as (fan_out, fan_in). Tensors of fixed shape count as "vector".
+    base may live on the meta device. Fan-in and fan-out are known for nn.Linear, nn.Conv*, one-group
+    nn.ConvTranspose*, nn.Embedding(Bag) and transformers' Conv1D. All else is read as (fan_out, fan_in, ...):
+    hidden where two dimensions scale; where one does, give overrides={name: role}. A matrix stored the
+    other way round, or a table that is a bare nn.Parameter, needs its std given to init_ as well.
 
-    Raises ValueError if the architectures differ, input and output cannot be told apart, or a tied tensor has two roles
-    (an embedding used as readout). Warns if nothing scales.
+    ValueError if the architectures differ, input and output cannot be told apart, one tied tensor has
+    two roles (an embedding used as readout), or under weight_norm and its like. Warns if nothing scales.
     """
     records = _scaled(model, base, overrides)
     _warn_if_nothing_scales(records, overrides)
     return {r.name: r.role for r in records}
 
 
+# ---- initial weights and learning rates ----
+
 def _init_stds(records, parameterization, gain, std):
     """{name: standard deviation at the model's width}; arguments as in init_."""
-    std = {key.replace(_COMPILED, ""): value for key, value in (std or {}).items()}
-    names = {r.name: r.name.replace(_COMPILED, "") for r in records}
+    std = {_plain(key): value for key, value in (std or {}).items()}
     for key in std:
-        _choose("name or role in std:", key, (*ROLES, *names.values()))
-    e = exponents(parameterization, "sgd")
-    return {r.name: std.get(names[r.name], std.get(r.role, gain * r.base_std)) * r.m ** -e[r.role][0] for r in records}
+        _choose("name or role in std:", key, (*ROLES, *(_plain(r.name) for r in records)))
+    e, stds = exponents(parameterization, "sgd"), {}
+    for r in records:
+        at_base = std.get(_plain(r.name), std.get(r.role, gain * r.base_std))
+        stds[r.name] = at_base * r.m ** -e[r.role][0]
+    return stds
 
 
-def init_(model, base, parameterization, generator=None, zero_readout=False, gain=math.sqrt(2), std=None, overrides=None):
-    """Draws every weight of model in place, N(0, std²), and returns model. Running it twice is running it once.
+def init_(model, base, parameterization, generator=None, zero_readout=False, gain=2 ** 0.5,
+          std=None, overrides=None):
+    """Draws every weight of model in place, N(0, std²), and returns model. Twice is as once.
 
-    std = m^-b * gain / sqrt(base fan-in), gain sqrt(2) being He's for ReLU, the readout included; an nn.Embedding's
-    one-hot input has fan-in 1. std={name or role: value at the base width} replaces either. Biases become 0 and
-    norm gains 1; other vectors keep their values. zero_readout sets output weights to 0. Weights are drawn on the
-    generator's device in the order of model.named_parameters(), so a CPU generator gives the same weights anywhere.
+    std = m^-b * gain / sqrt(base fan-in), gain sqrt(2) being He's for ReLU, the readout included; an
+    embedding's one-hot input has fan-in 1. std={name or role: value at the base width} replaces either.
+    Biases and padding rows become 0, norm gains 1, other vectors stay. zero_readout sets output weights
+    to 0. Weights are drawn on the generator's device in the order of model.named_parameters(), so a CPU
+    generator gives the same weights anywhere.
     """
     records = _scaled(model, base, overrides)
     _warn_if_nothing_scales(records, overrides)
@@ -265,25 +339,31 @@ def init_(model, base, parameterization, generator=None, zero_readout=False, gai
         tensor = r.tensor.data
         if tensor.ndim > 1:
             device = tensor.device if generator is None else generator.device
-            tensor.copy_(tensor.new_empty(tensor.shape, device=device).normal_(0, stds[r.name], generator=generator))
+            drawn = tensor.new_empty(tensor.shape, device=device)
+            tensor.copy_(drawn.normal_(0, stds[r.name], generator=generator))
             if zero_readout and r.role == "output":
                 tensor.zero_()
-        elif r.name.endswith("bias"):
+            if getattr(r.owner, "padding_idx", None) is not None:
+                tensor[r.owner.padding_idx] = 0
+        elif "bias" in r.name.rpartition(".")[2]:       # also bias_ih_l0 of an LSTM
             tensor.zero_()
         elif "Norm" in type(r.owner).__name__:
             tensor.fill_(1.0)
     return model
 
 
-def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0, weight_decay=0.0, eps=1e-8, role_lr=None,
-                 overrides=None):
-    """Parameter groups for torch.optim (SGD, Adam, AdamW), one per role and width ratio. Plain numbers, no tags.
+def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0, weight_decay=0.0, eps=1e-8,
+                 role_lr=None, overrides=None):
+    """Parameter groups for torch.optim, one per role and width ratio. Plain numbers, no tags.
 
-    lr, weight_decay and eps are the values at the base width. Each group has params, names, role, lr and base_lr
-    (equal), weight_decay (lr * weight_decay per step does not change with width) and eps. role_lr={role: factor}
-    multiplies LRs at every width (tunable constants; 0 freezes a role).
+    lr, weight_decay and eps are the values at the base width. Each group has params, names, role, lr
+    and base_lr (equal), weight_decay (lr * weight_decay does not change with width) and eps.
+    role_lr={role: factor} multiplies LRs at every width (tunable constants; 0 freezes a role).
 
-    The global m^-alpha uses the model's one width ratio, tensors of fixed shape included; ValueError if tensors
+    Weight decay is for SGD and AdamW. torch.optim.Adam adds it to the gradient, which in mup shrinks
+    with width and is outgrown by it.
+
+    m^-alpha uses the model's one width ratio, for tensors of fixed shape too; ValueError if tensors
     disagree on it and alpha is not 0, and for unknown names.
     """
     records = _scaled(model, base, overrides)
@@ -295,7 +375,8 @@ def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0, weight
         raise ValueError("role_lr needs roles: " + _NOTHING_SCALES)
     ratios = sorted({r.m for r in records} - {1.0}) or [1.0]
     if alpha != 0 and len(ratios) > 1:
-        raise ValueError(f"alpha needs one width ratio, but tensors scale by {ratios}; widen every dimension together or use alpha=0")
+        raise ValueError(f"alpha needs one width ratio, but tensors scale by {ratios}; "
+                         "widen every dimension together or use alpha=0")
     e = exponents(parameterization, optimizer)
     gamma = dict(zip(ROLES, PARAMETERIZATIONS[parameterization]["adam_eps"]))
     groups = {}
@@ -303,33 +384,39 @@ def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0, weight
         if (r.role, r.m) not in groups:
             width_factor = r.m ** -e[r.role][1] * ratios[0] ** -alpha
             group_lr = lr * width_factor * role_lr.get(r.role, 1.0)
-            groups[r.role, r.m] = {"params": [], "names": [], "role": r.role, "lr": group_lr, "base_lr": group_lr,
-                                   "weight_decay": weight_decay / width_factor, "eps": eps * r.m ** -gamma[r.role]}
+            groups[r.role, r.m] = {
+                "params": [], "names": [], "role": r.role, "lr": group_lr, "base_lr": group_lr,
+                "weight_decay": weight_decay / width_factor, "eps": eps * r.m ** -gamma[r.role]}
         groups[r.role, r.m]["params"].append(r.tensor)
         groups[r.role, r.m]["names"].append(r.name)
     return list(groups.values())
 
 
-def plan(model, base, parameterization, optimizer, lr, alpha=0.0, weight_decay=0.0, eps=1e-8, role_lr=None,
-         gain=math.sqrt(2), overrides=None, std=None):
-    """A table to read before training: each tensor's shape, role, width ratio, init std, LR, weight decay and ε.
+def plan(model, base, parameterization, optimizer, lr, alpha=0.0, weight_decay=0.0, eps=1e-8,
+         role_lr=None, gain=2 ** 0.5, overrides=None, std=None):
+    """A table to read before training: shape, role, m, init std, LR, weight decay and ε of each tensor.
 
-    Says so in its first line when nothing scales. Arguments as in init_ and param_groups.
+    Says so right below its heading when nothing scales. Arguments as in init_ and param_groups.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         records = _scaled(model, base, overrides)
-        groups = param_groups(model, base, parameterization, optimizer, lr, alpha, weight_decay, eps, role_lr, overrides)
+        groups = param_groups(
+            model, base, parameterization, optimizer, lr, alpha, weight_decay, eps, role_lr, overrides)
     group_of = {name: group for group in groups for name in group["names"]}
     stds = _init_stds(records, parameterization, gain, std)
     rows = [("tensor", "shape", "role", "m", "init std", "lr", "weight decay", "eps")]
     for r in records:
         group = group_of[r.name]
         drawn = f"{stds[r.name]:.4g}" if r.tensor.ndim > 1 else "-"
-        rows.append((r.name, "x".join(map(str, r.tensor.shape)), r.role, f"{r.m:g}", drawn, f"{group['lr']:.4g}",
-                     f"{group['weight_decay']:.4g}", f"{group['eps']:.3g}" if optimizer == "adam" else "-"))
-    columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, columns)).rstrip() for row in rows]
+        group_eps = f"{group['eps']:.3g}" if optimizer == "adam" else "-"
+        rows.append((
+            r.name, "x".join(map(str, r.tensor.shape)), r.role, f"{r.m:g}", drawn,
+            f"{group['lr']:.4g}", f"{group['weight_decay']:.4g}", group_eps))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [f"{parameterization}, {optimizer}, lr {lr:g}, alpha {alpha:g}"]
     if all(r.m == 1 for r in records):
-        lines.insert(0, _NOTHING_SCALES)
-    return "\n".join([f"{parameterization}, {optimizer}, lr {lr:g}, alpha {alpha:g}"] + lines)
+        lines.append(_NOTHING_SCALES)
+    for row in rows:
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,380 @@
+"""Many runs as one: networks of one shape, each with its own weights and learning rates, trained in one pass.
+
+A sweep is hundreds of small runs that differ in little but learning rate and seed, and small kernels leave
+a machine idle. Here R such runs are one stack: weights (R, *shape), batches (R, B, ...), one batched
+product per layer, and a learning rate per replica and tensor. Each replica trains as torch.optim would
+train it alone, to rounding.
+
+    R replicas   B batch size   C classes   h inputs of a layer   δ = dloss/d(W h)
+    χ = dloss_i/dlogits of a sample i
+
+    nets = [Net() for lr in lrs]                                    # any nn.Module, logits out
+    rule = Rule("sgd", momentum=0.9)
+    runs = make(nets[0], [list(net.parameters()) for net in nets], lrs, moments=rule.moments)
+    network = module_network(nets[0], LOSSES["ce"].function)
+    for step in range(steps):
+        loss, = advance(runs, x, y, network, rule, step)            # x (R, B, ...), y (R, B) -> (R,)
+    logits = network.forward(runs["weights"], x)                    # (R, B, C)
+
+Replicas that diverged leave by `drop_`. A bias-free MLP has a backward pass written out (`mlp_network`), with plain
+SGD fused into its products: W <- W - lr δᵀh. Needs torch only and can be copied alone. Out of scope: dropout and
+BatchNorm, which need state.
+"""
+import math
+from collections import namedtuple
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch.func import functional_call, vmap
+
+
+# ---- losses: logits (..., C), targets (...) -> loss per sample (...) and its derivative χ (..., C) ----
+
+def _error(outputs, targets):
+    """outputs - one-hot."""
+    index = targets.unsqueeze(-1)
+    return outputs.scatter_add(-1, index, outputs.new_full((), -1.0).expand(index.shape))
+
+
+def ce(logits, targets):
+    """Cross-entropy (torch's cross_entropy)."""
+    log_p = logits.log_softmax(-1)
+    return -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), _error(log_p.exp(), targets)
+
+
+def mse(logits, targets):
+    """(logits - one-hot)², mean over classes (torch's MSELoss)."""
+    error = _error(logits, targets)
+    return error.square().mean(-1), error * (2 / logits.shape[-1])
+
+
+def brier(logits, targets):
+    """The same on softmax probabilities p."""
+    p = logits.softmax(-1)
+    loss, chi = mse(p, targets)
+    return loss, p * (chi - (p * chi).sum(-1, keepdim=True))
+
+
+def huber(logits, targets, delta=1.0):
+    """logits against one-hot: e²/2 within delta, delta (|e| - delta/2) beyond; mean over classes (torch's
+    huber_loss)."""
+    error = _error(logits, targets)
+    inner = error.clamp(-delta, delta)
+    return (inner * (error - inner / 2)).mean(-1), inner / logits.shape[-1]
+
+
+def hinge(logits, targets, power=1):
+    """Sum over wrong classes j of max(0, 1 - z_y + z_j)^power, divided by C (torch's multi_margin_loss)."""
+    index, classes = targets.unsqueeze(-1), logits.shape[-1]
+    short = (1 - logits.gather(-1, index) + logits).clamp(min=0).scatter(-1, index, 0.0)
+    chi = (short > 0).to(logits.dtype) if power == 1 else 2 * short
+    chi = chi.scatter(-1, index, -chi.sum(-1, keepdim=True)) / classes
+    return short.pow(power).sum(-1) / classes, chi
+
+
+squared_hinge = partial(hinge, power=2)
+
+
+# ---- and the loss of the best constant logits, from the class frequencies p (C,) ----
+
+def _entropy(p):
+    return -(p * p.clamp_min(1e-300).log()).sum().item()
+
+
+def _variance(p):
+    return (p * (1 - p)).mean().item()                              # mse and brier: the outputs p
+
+
+def _smooth_constant(function, p, **options):
+    """A smooth convex loss: minimized by L-BFGS over the constant logits z."""
+    z, classes = torch.zeros_like(p).requires_grad_(), torch.arange(len(p), device=p.device)
+    solver = torch.optim.LBFGS([z], max_iter=500, tolerance_grad=1e-10, tolerance_change=0.0,
+                               line_search_fn="strong_wolfe")
+
+    def expected():
+        losses, chi = function(z.detach().expand(len(p), -1), classes, **options)
+        z.grad = p @ chi
+        return p @ losses
+
+    solver.step(expected)
+    return expected().item()
+
+
+def _hinge_constant(p):
+    """The hinge's linear program has a whole-numbered solution, of larger logits for more frequent classes:
+    from z = 0, raise the k most frequent ones by one, for the best k, while that helps."""
+    p = p.sort(descending=True).values
+    raises, classes = torch.ones(len(p), len(p)).tril().to(p), torch.arange(len(p), device=p.device)
+    z, lowest = torch.zeros_like(p), math.inf
+    while True:
+        costs = torch.stack([p @ hinge((z + raised).expand(len(p), -1), classes)[0] for raised in raises])
+        if costs.min().item() >= lowest - 1e-12:
+            return lowest
+        lowest, z = costs.min().item(), z + raises[costs.argmin()]
+
+
+# function(logits, targets, **options); constant(p, **options); options: {keyword: its setting in a sweep}
+Loss = namedtuple("Loss", "function constant options", defaults=({},))
+LOSSES = {
+    "ce":            Loss(ce, _entropy),
+    "mse":           Loss(mse, _variance),
+    "brier":         Loss(brier, _variance),
+    "huber":         Loss(huber, partial(_smooth_constant, huber), {"delta": "huber_delta"}),
+    "hinge":         Loss(hinge, _hinge_constant),
+    "squared_hinge": Loss(squared_hinge, partial(_smooth_constant, squared_hinge)),
+}
+
+
+# ---- the stack: {"weights": [(R, *shape)], "lr": [(R, 1, ...)], ...}, an entry per tensor in model order ----
+
+SCRATCH = ("grads", "calls")        # what steps make anew where it is missing
+
+
+def make(model, initial, lr, weight_decay=0.0, eps=1e-8, moments=0, device="cpu", dtype=torch.float32):
+    """The stack of R = len(initial) replicas of a model.
+
+    initial: an iterable of R lists of weights [shape], in the order of model.parameters(), or the index of an
+    earlier replica that starts with the same. lr, weight_decay, eps: a number, or one per replica, each a
+    number or {parameter name: number}. moments: optimizer state per weight, 0 for plain SGD, 1 for
+    momentum, 2 for AdamW.
+    """
+    names, shapes = zip(*((name, p.shape) for name, p in model.named_parameters()))
+    count = len(lr) if isinstance(lr, (list, tuple)) else len(initial)
+    stack = {"weights": [torch.empty(count, *shape, dtype=dtype, device=device) for shape in shapes]}
+    initial = iter(initial)
+    with torch.no_grad():
+        for r in range(count):
+            source = next(initial)
+            for i, weights in enumerate(stack["weights"]):
+                weights[r].copy_(weights[source] if isinstance(source, int) else source[i])
+            del source          # before the next one is drawn
+    for key, values in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
+        values = values if isinstance(values, (list, tuple)) else [values] * count
+        of_tensor = [[v[name] if isinstance(v, dict) else v for v in values] for name in names]
+        stack[key] = [torch.tensor(column, dtype=dtype, device=device).view(-1, *[1] * len(shape))
+                      for column, shape in zip(of_tensor, shapes)]
+    for moment in ("first", "second")[:moments]:
+        stack[moment] = [torch.zeros_like(weights) for weights in stack["weights"]]
+    return stack
+
+
+def state(stack):
+    """What must be kept to go on."""
+    return {key: tensors for key, tensors in stack.items() if key not in SCRATCH}
+
+
+def drop_(stack, stays):
+    """Keeps the replicas for which stays (R,) is true; one tensor after the other, never the whole stack
+    twice."""
+    if stays.all():
+        return
+    for key in SCRATCH:
+        stack.pop(key, None)
+    for tensors in stack.values():
+        for i, tensor in enumerate(tensors):
+            tensors[i] = tensor[stays]
+
+
+# ---- networks: how a stack's logits and gradients are computed ----
+
+# forward(weights, x) -> logits (R, B, ..., C)
+# gradients(weights, x, y, out) -> gradients [(R, *shape)] of each replica's mean loss, loss per sample, logits;
+#     out: a list to keep the gradients in, so that the next step finds their memory
+# descend(weights, x, y, lr) -> loss, logits: gradients and the update of plain SGD in one, or None
+Network = namedtuple("Network", "forward gradients descend", defaults=(None,))
+
+
+def module_network(model, loss, alone=False):
+    """Any module: autograd through vmap. alone: a single replica runs without vmap, which keeps fast
+    attention."""
+    names = [name for name, _ in model.named_parameters()]
+    owners = [model.get_submodule(name.rpartition(".")[0])._parameters for name in names]
+    slots = [(owner, name.rpartition(".")[2]) for owner, name in zip(owners, names)]
+
+    def single(weights, x):         # functional_call costs a tenth of a small model's step
+        own = [owner[key] for owner, key in slots]
+        try:
+            for (owner, key), w in zip(slots, weights):
+                owner[key] = w.squeeze(0)
+            return model(x[0])[None]
+        finally:
+            for (owner, key), w in zip(slots, own):
+                owner[key] = w
+
+    def forward(weights, x):
+        if alone and len(weights[0]) == 1:
+            logits = single(weights, x)
+        else:
+            logits = vmap(lambda w, x: functional_call(model, dict(zip(names, w)), (x,)))(tuple(weights), x)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))      # no loss is taken in bfloat16
+
+    def gradients(weights, x, y, out=None):
+        with torch.enable_grad():
+            leaves = [w.detach().requires_grad_() for w in weights]
+            logits = forward(leaves, x)
+            losses, chi = loss(logits.detach(), y)      # replicas meet nowhere: one backward pass serves all
+            grads = torch.autograd.grad(logits, leaves, chi.div_(y[0].numel()))
+        return grads, losses, logits.detach()
+
+    return Network(forward, gradients)
+
+
+def mlp_network(loss, relu=True):
+    """Bias-free MLP: the textbook forward and backward pass."""
+    def forward(weights, x):
+        return mlp_outputs(weights, x, relu)[-1]
+
+    def backward(weights, x, y):
+        *inputs, logits = mlp_outputs(weights, x, relu)
+        losses, chi = loss(logits, y)
+        return losses, logits, mlp_deltas(weights, inputs, chi.div_(y[0].numel()), relu)
+
+    def gradients(weights, x, y, out=None):
+        losses, logits, deltas = backward(weights, x, y)
+        grads = [None] * len(weights) if out is None else out
+        for l, delta, h in deltas:
+            grads[l] = torch.bmm(delta.mT, h, out=grads[l])
+        return grads, losses, logits
+
+    def descend(weights, x, y, lr):
+        losses, logits, deltas = backward(weights, x, y)
+        for l, delta, h in deltas:
+            weights[l].baddbmm_(delta.mul_(lr[l]).mT, h, alpha=-1)
+        return losses, logits
+
+    return Network(forward, gradients, descend)
+
+
+def mlp_outputs(weights, x, relu):
+    """[x, hidden activations ..., logits], each (R, B, width of the layer)."""
+    outputs = [x]
+    for w in weights:
+        outputs.append(torch.bmm(outputs[-1], w.mT))
+        if relu and w is not weights[-1]:
+            outputs[-1].relu_()
+    return outputs
+
+
+def mlp_deltas(weights, inputs, delta, relu):
+    """Yields (layer, δ, h) from the readout down; δ below is taken before the receiver may change the
+    layer's W."""
+    for l in reversed(range(len(weights))):
+        below = torch.bmm(delta, weights[l]) if l > 0 else None
+        yield l, delta, inputs[l]
+        if relu and l > 0:
+            below = torch.ops.aten.threshold_backward.default(below, inputs[l], 0)
+        delta = below
+
+
+# ---- optimizers ----
+
+class Rule(NamedTuple):
+    """torch.optim.SGD ("sgd") or AdamW ("adam"); decay: is there any weight decay; clip: largest gradient
+    norm, or 0."""
+    optimizer: str
+    momentum: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    decay: bool = False
+    clip: float = 0.0
+
+    @property
+    def plain(self):
+        return self.optimizer == "sgd" and not (self.momentum or self.decay or self.clip)
+
+    @property
+    def moments(self):
+        return 2 if self.optimizer == "adam" else int(self.momentum > 0)
+
+
+def advance(stack, x, y, network, rule, step=0, factor=1.0, parts=1, accuracy=False, average=None):
+    """One optimizer step of every replica on x (R, B, ...), y (R, B, ...), in place; step counts from zero.
+
+    Returns means over the batch before the step: [loss (R,)], and [loss, accuracy] if asked for. factor
+    multiplies every LR (a schedule). parts: the batch is taken in so many parts (gradient accumulation).
+    average(tensors): averages gradients and means over processes, in place.
+    """
+    if network.descend and rule.plain and parts == 1 and average is None:
+        lr = stack["lr"] if factor == 1 else [factor * lr for lr in stack["lr"]]
+        return _means(*network.descend(stack["weights"], x, y, lr), y, accuracy)
+    grads, seen = None, []
+    for x_part, y_part in zip(x.chunk(parts, 1), y.chunk(parts, 1)):
+        out = stack.setdefault("grads", [None] * len(stack["weights"])) if grads is None else None
+        added, losses, logits = network.gradients(stack["weights"], x_part, y_part, out)
+        grads = added if grads is None else [a.add_(b) for a, b in zip(grads, added)]
+        seen.append(_means(losses, logits, y_part, accuracy))
+    means = seen[0] if parts == 1 else [torch.stack(values).mean(0) for values in zip(*seen)]
+    if parts > 1:
+        torch._foreach_div_(grads, parts)
+    if average is not None:
+        average([*grads, *means])
+    if rule.clip:
+        clip_(grads, rule.clip)
+    update_(stack, grads, rule, factor, step)
+    return means
+
+
+def _means(losses, logits, y, accuracy):
+    values = [losses, logits.argmax(-1) == y] if accuracy else [losses]
+    return [value.to(logits.dtype).flatten(1).mean(1) for value in values]
+
+
+def clip_(grads, largest):
+    """Scales each replica's gradients to a joint norm of at most `largest`, as
+    torch.nn.utils.clip_grad_norm_."""
+    norms = [torch.linalg.vector_norm(g, dim=tuple(range(1, g.ndim))) for g in grads]       # [(R,)]
+    factor = (largest / (torch.stack(norms).norm(dim=0) + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(grads, [factor.view(-1, *[1] * (g.ndim - 1)) for g in grads])
+
+
+def update_(stack, grads, rule, factor, step):
+    """One step of torch.optim.SGD or AdamW on every replica, using up the gradients."""
+    if rule.optimizer == "adam":
+        return (fused_adamw_ if grads[0].is_cpu else foreach_adamw_)(stack, grads, rule, factor, step)
+    if rule.decay:
+        torch._foreach_addcmul_(grads, stack["weights"], stack["weight_decay"])
+    if rule.momentum:
+        torch._foreach_mul_(stack["first"], rule.momentum)
+        torch._foreach_add_(stack["first"], grads)
+        grads = stack["first"]
+    torch._foreach_addcmul_(stack["weights"], grads, [-factor * lr for lr in stack["lr"]])
+
+
+def fused_adamw_(stack, grads, rule, factor, step):
+    """AdamW by torch's fused kernel: it reads memory once, but takes one LR a call, so one call for all
+    that share theirs."""
+    if "calls" not in stack:
+        stack["calls"] = _fused_calls(stack)
+    count, grads = torch.tensor(step + 1.0), [g.contiguous().unbind() for g in grads]
+    for (lr, decay, eps), members, w, m, v in stack["calls"]:
+        torch._fused_adamw_(w, [grads[i][r] for i, r in members], m, v, [], [count] * len(w), lr=factor * lr,
+                            beta1=rule.beta1, beta2=rule.beta2, weight_decay=decay, eps=eps, amsgrad=False,
+                            maximize=False)
+
+
+def _fused_calls(stack):
+    """[((lr, weight decay, ε), [(tensor, replica)], weights, first and second moments)] of all that share
+    those."""
+    groups = {}
+    for i, values in enumerate(zip(stack["lr"], stack["weight_decay"], stack["eps"])):
+        for r, key in enumerate(zip(*(value.flatten().tolist() for value in values))):
+            groups.setdefault(key, []).append((i, r))
+    kinds = ("weights", "first", "second")
+    return [(key, members, *([stack[kind][i][r] for i, r in members] for kind in kinds))
+            for key, members in groups.items()]
+
+
+def foreach_adamw_(stack, grads, rule, factor, step):
+    """AdamW in a few calls however many replicas there are, each with its own LR."""
+    w, m, v, lrs = stack["weights"], stack["first"], stack["second"], [factor * lr for lr in stack["lr"]]
+    root = math.sqrt(1 - rule.beta2 ** (step + 1))
+    torch._foreach_lerp_(m, grads, 1 - rule.beta1)
+    torch._foreach_mul_(v, rule.beta2)
+    torch._foreach_addcmul_(v, grads, grads, 1 - rule.beta2)
+    scale = torch._foreach_sqrt(v)
+    torch._foreach_add_(scale, torch._foreach_mul(stack["eps"], root))
+    if rule.decay:
+        torch._foreach_mul_(w, [1 - lr * decay for lr, decay in zip(lrs, stack["weight_decay"])])
+    size = root / (1 - rule.beta1 ** (step + 1))
+    torch._foreach_addcmul_(w, torch._foreach_div(m, scale), [-lr * size for lr in lrs])
