@@ -4,10 +4,12 @@ is trained.
     python analyze.py out/headline                          # the table of a sweep again, and its summary.json
     python analyze.py out/headline --stable-if accuracy=0.8     # under another criterion of stability
 
-    curve            one value of each setting in CURVE; its exponent is of LR against width: -0.5 means n^-1/2
+    curve            one value of each setting in CURVE; its exponent is of LR against width, -0.5 is n^-1/2
     cell             one curve at one width: losses (S, K) of S seeds at K learning rates
-    optimal LR       argmin of the seed-mean final train loss, refined by a parabola in log LR
-    max-stable LR    end of the contiguous stable range above the optimum: a bracket, and its geometric mean
+    optimal LR       vertex of a parabola in log LR through the final train losses around their lowest mean
+    max-stable LR    end of the contiguous stable range above the optimum: a bracket of two LRs
+    exponents        both are read from each seed; least squares of the seeds' mean log LR on log width, with
+                     95 % intervals from their spread and the grid's step
 
 Predictions come from `param.predict`, measured exponents of updates from `metrics.fit_exponent`.
 """
@@ -31,14 +33,22 @@ from train import InputError, finite
 # Settings that tell one curve from another, and those that vary within a sweep.
 CURVE = ("loss", "param", "optimizer", "alpha", "norm_affine", "warmup")
 GRID = ("width", "lr", "seed") + CURVE
-CRITERIA = {    # name: (default X, stable(mean final train loss, mean accuracy, lowest mean loss, chance, X), words)
+SHOWN = ("model", "data", "hidden_layers", "layers", "steps", "base_width")         # repeated in summary.json
+CRITERIA = {    # name: (default X, stable(final train loss, accuracy, seed's lowest loss, chance, X), words)
     "chance":   (1.0, lambda loss, accuracy, best, chance, x: loss < x * chance,
                  "loss below X times a constant predictor's"),
-    "accuracy": (0.3, lambda loss, accuracy, best, chance, x: accuracy > x, "train accuracy above X"),
-    "best+1":   (1.0, lambda loss, accuracy, best, chance, x: loss < best + x, "loss within X of the width's lowest"),
-    "1.2x":     (1.2, lambda loss, accuracy, best, chance, x: loss < x * best, "loss within X times the lowest"),
+    "accuracy": (0.3, lambda loss, accuracy, best, chance, x: accuracy > x,
+                 "train accuracy above X"),
+    "best+1":   (1.0, lambda loss, accuracy, best, chance, x: loss < best + x,
+                 "loss within X of the lowest at that width and seed"),
+    "1.2x":     (1.2, lambda loss, accuracy, best, chance, x: loss < x * best,
+                 "loss within X times the lowest at that width and seed"),
 }
-DIVERGED = 1e30         # stands for the infinite loss of a diverged run, so that weighted means stay numbers
+DIVERGED = 1e30         # stands for the infinite loss of a diverged run, so that means stay numbers
+
+
+def criteria_help():
+    return "; ".join(f"{name} (X = {x:g}): {words}" for name, (x, _, words) in CRITERIA.items())
 
 
 # ---- result files ----
@@ -87,7 +97,8 @@ def criterion_of(text):
     """(name, X) of "name" or "name=X". InputError."""
     name, _, x = text.partition("=")
     if name not in CRITERIA:
-        raise InputError(f"stable-if is {text!r}; choose from {', '.join(CRITERIA)}, with =X for another threshold")
+        raise InputError(f"stable-if is {text!r}; choose from {', '.join(CRITERIA)}, "
+                         "with =X for another threshold")
     try:
         threshold = float(x) if x else CRITERIA[name][0]
     except ValueError:
@@ -106,106 +117,137 @@ def cell_of(rows, curve, width, seeds):
             by_lr.setdefault(row["lr"], {})[row["seed"]] = row
     lrs = sorted(lr for lr, of_seed in by_lr.items() if len(of_seed) == seeds)
     table = [[by_lr[lr][seed] for lr in lrs] for seed in range(seeds)]      # (S, K)
-    ok = np.array([[row["diverged_at"] is None for row in line] for line in table], dtype=bool).reshape(seeds, len(lrs))
 
     def column(name, diverged):
         values = [[diverged if row[name] is None else row[name] for row in line] for line in table]
-        return np.array(values).reshape(ok.shape)
+        return np.array(values, dtype=float).reshape(seeds, len(lrs))
 
-    return {"lr": np.array(lrs), "losses": np.where(ok, column("final_train_loss", DIVERGED), DIVERGED),
-            "accuracies": column("train_accuracy", 0.0), "chance": table[0][0]["chance_loss"] if lrs else math.nan,
+    return {"lr": np.array(lrs), "losses": column("final_train_loss", DIVERGED),
+            "accuracies": column("train_accuracy", 0.0),
+            "chance": table[0][0]["chance_loss"] if lrs else math.nan,
             **{name: column(name, math.nan) for name in train.VALIDATION}}
 
 
-def stability(cell, weights, criterion):
-    """Seed-weighted mean losses and whether they count as stable, both (B, K); weights (B, S), rows summing
-    to one."""
-    name, x = criterion
-    loss, accuracy = weights @ cell["losses"], weights @ cell["accuracies"]
-    stable = CRITERIA[name][1](loss, accuracy, loss.min(1, keepdims=True), cell["chance"], x)
-    return loss, stable & (loss < DIVERGED / 1e6)
+def stability(cell, criterion):
+    """Which runs (S, K) count as stable: a property of each run, told by its own seed's losses alone."""
+    (name, x), losses = criterion, cell["losses"]
+    stable = CRITERIA[name][1](losses, cell["accuracies"], losses.min(1, keepdims=True), cell["chance"], x)
+    return stable & (losses < DIVERGED)
 
 
-def locate(cell, weights, criterion):
-    """Optimum and stability edge of a cell, for B ways of weighting its S seeds.
+def edges(losses, stable):
+    """Of each seed the columns (largest stable LR, smallest unstable one), contiguous from the seed's
+    lowest loss up.
 
-    Returns arrays (B,): index of the optimum, log optimal LR, log largest stable LR, log smallest unstable
-    LR; nan where there is none (nothing stable, or nothing unstable above the optimum).
+    losses, stable: (S, K). None where there is none: (None, None) if that loss is not stable, (last, None)
+    if nothing above it is unstable.
     """
-    loss, stable = stability(cell, weights, criterion)
-    log_lr, rows, last = np.log(cell["lr"]), np.arange(len(weights)), len(cell["lr"]) - 1
-    best = loss.argmin(1)
-    low = loss[rows, best]
-
-    # Vertex of the parabola through the minimum and its neighbours, no further than half-way to either.
-    left, right = best.clip(1) - 1, (best + 1).clip(max=last)
-    d0, d1 = log_lr[best] - log_lr[left], log_lr[right] - log_lr[best]
-    s0, s1 = loss[rows, left] - low, loss[rows, right] - low                # both >= 0
-    inside = (best > 0) & (best < last) & (np.maximum(s0, s1) < DIVERGED / 1e6) & (s0 + s1 > 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shift = (d1 ** 2 * s0 - d0 ** 2 * s1) / (2 * (d1 * s0 + d0 * s1))
-    log_best = log_lr[best] + np.where(inside, shift.clip(-d0 / 2, d1 / 2), 0.0)
-
-    above = ~stable & (np.arange(last + 1) >= best[:, None])
-    first = above.argmax(1)                                                 # first unstable LR from the optimum up
-    found = above.any(1) & stable[rows, best]
-    log_stable = np.where(found, log_lr[first.clip(1) - 1], np.where(stable[rows, best], log_lr[last], np.nan))
-    return (best, np.where(low < DIVERGED / 1e6, log_best, np.nan), log_stable,
-            np.where(found, log_lr[first], np.nan))
+    found = []
+    for best, ok in zip(losses.argmin(1), stable):
+        unstable = best + np.flatnonzero(~ok[best:])
+        if not ok[best]:
+            found.append((None, None))
+        elif len(unstable) == 0:
+            found.append((len(ok) - 1, None))
+        else:
+            found.append((int(unstable[0]) - 1, int(unstable[0])))
+    return found
 
 
-def fit_slope(widths, log_lrs):
-    """Least-squares slope of log LR (W,) or (W, B) against log width, over the widths that have one; nan
-    below two."""
-    log_widths = np.log(widths)
-    have = np.isfinite(log_lrs)
-    if log_lrs.ndim == 2 and (len(widths) < 2 or not have.all()):
-        return np.array([fit_slope(widths, column) for column in log_lrs.T])
-    if log_lrs.ndim == 1 and have.sum() < 2:
-        return math.nan
-    keep = have if log_lrs.ndim == 1 else slice(None)
-    return np.polyfit(log_widths[keep], log_lrs[keep], 1)[0]
+def window(losses, usable):
+    """Columns (first, last) around the lowest mean loss that show its curvature: widened until both ends
+    rise clearly above the seeds' scatter, over usable columns (K,) alone. losses (S, K)."""
+    best, last = int(losses.mean(0).argmin()), losses.shape[1] - 1
+    low, high = best, best
+
+    def rise(k):                                # of column k over the best one: mean, and its standard error
+        rises = losses[:, k] - losses[:, best]
+        return rises.mean(), rises.std(ddof=1) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
+
+    def clear(k):
+        mean, error = rise(k)
+        return k != best and mean > 3 * error
+
+    while low > 0 and usable[low - 1] and not clear(low):
+        low -= 1
+    while high < last and usable[high + 1] and not clear(high):
+        high += 1
+    return low, high
 
 
-def bootstrap_weights(seeds, resamples, generator):
-    """Weights (B, S) of a bootstrap over seeds."""
-    return generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+def optimum(cell, stable):
+    """(log optimal LR of each seed (S,), is it the last stable LR?) of a cell; nan where every LR had a
+    divergence.
 
-
-def exponents_of(cells, widths, criterion, resamples=2000):
-    """Optimal and max-stable exponents of one curve with 95 % intervals, from its cells, one per width.
-
-    Every resample draws the seeds of each width anew, and within the grid's resolution a point: uniform in
-    log LR within half a step to the optimum's neighbours, and within the edge's bracket. With few seeds
-    resampling is too narrow by sqrt(S/(S-1)) (the variance of a mean of S is estimated from S - 1), so the
-    seeds' part of each deviation is widened by that.
-
-    Returns {"optimal": (slope, [lo, hi]), "max_stable": (slope, [lo, hi])}, nan where there is none, and
-    points (W, 4).
+    A parabola in log LR over `window`, with one curvature for all seeds: y_s = a x² + b_s x + c_s, vertex
+    -b_s / 2a. Where the next higher LR is unstable for some seed, the optimum is at a cliff, and each
+    seed's own argmin stands.
     """
-    generator = np.random.default_rng(0)
-    seeds = len(cells[0]["losses"])
-    points, draws = [], {"optimal": [], "max_stable": []}
-    for cell in cells:
-        point = [value[0] for value in locate(cell, np.full((1, seeds), 1 / seeds), criterion)]
-        _, best, stable, unstable = locate(cell, bootstrap_weights(seeds, resamples, generator), criterion)
-        if math.isfinite(point[3]):     # the edge of a resample stable up to the highest LR is in the next gap
-            unstable = np.where(np.isnan(unstable), stable + np.log(cell["lr"][-1] / cell["lr"][-2]), unstable)
-        widen = math.sqrt(seeds / max(1, seeds - 1))
-        within = generator.uniform(-0.5, 0.5, (2, resamples))
-        middle, edge = (point[2] + point[3]) / 2, (stable + unstable) / 2
-        gaps = np.diff(np.log(cell["lr"]))[max(0, point[0] - 1):point[0] + 1]       # to the optimum's neighbours
-        draws["optimal"].append(point[1] + widen * (best - point[1]) + within[0] * gaps.max(initial=0.0))
-        draws["max_stable"].append(middle + widen * (edge - middle) + within[1] * (unstable - stable))
-        points.append(point)
-    points = np.array(points)
-    slopes = {"optimal": fit_slope(widths, points[:, 1]), "max_stable": fit_slope(widths, points[:, 2:].mean(1))}
-    result = {}
-    for name, slope in slopes.items():
-        sampled = fit_slope(widths, np.array(draws[name]))
-        have = np.isfinite(sampled).any()
-        result[name] = slope, np.nanquantile(sampled, [0.025, 0.975]) if have else np.full(2, math.nan)
-    return result, points
+    losses, log_lr = cell["losses"], np.log(cell["lr"])
+    usable = (losses < DIVERGED).all(0)
+    best, seeds = int(losses.mean(0).argmin()), len(losses)
+    if not usable[best]:
+        return np.full(seeds, math.nan), False
+    at_edge = best + 1 < len(log_lr) and not stable[:, best + 1].all()
+    own = log_lr[np.where(usable, losses, math.inf).argmin(1)]
+    low, high = window(losses, usable & stable.all(0))
+    if at_edge or high - low < 2 or best in (low, high):
+        return own, at_edge
+    x = log_lr[low:high + 1] - log_lr[best]
+    y = losses[:, low:high + 1]
+    a, b = shared_parabola(x, y)
+    if a <= 0:
+        return own, at_edge
+    return log_lr[best] + (-b / (2 * a)).clip(x[0], x[-1]), at_edge
+
+
+def shared_parabola(x, y):
+    """(a, b (S,)) of the least squares y_s = a x² + b_s x + c_s; x (K,), y (S, K)."""
+    basis = np.stack([np.ones_like(x), x], 1)           # each seed's line, taken out of x²
+    square = x ** 2 - basis @ np.linalg.lstsq(basis, x ** 2, rcond=None)[0]
+    a = (y @ square).mean() / (square @ square)
+    return a, np.linalg.lstsq(basis, (y - a * x ** 2).T, rcond=None)[0][1]
+
+
+def points_of(cell, criterion):
+    """What a cell says of optimum and edge: {"optimal": log LR (S,), "stable", "unstable": log LR (S,) of
+    each seed's bracket, nan where there is none, "at_edge": is the optimum the last stable LR?, "step": log
+    of the grid's ratio}."""
+    stable, log_lr = stability(cell, criterion), np.log(cell["lr"])
+    optimal, at_edge = optimum(cell, stable)
+    brackets = np.array([[math.nan if k is None else log_lr[k] for k in pair]
+                         for pair in edges(cell["losses"], stable)])        # (S, 2)
+    step = np.diff(log_lr).min() if len(log_lr) > 1 else math.nan
+    return {"optimal": optimal, "stable": brackets[:, 0], "unstable": brackets[:, 1], "at_edge": at_edge,
+            "step": step}
+
+
+def exponent_of(widths, values, steps):
+    """(slope, [low, high], widths that count) of log LRs (S, W) read from grids of these steps (W,), in log.
+
+    A width counts where every seed has a value; nan below two of them. Interval: metrics.exponent_interval.
+    """
+    have = np.isfinite(values).all(0)
+    if len(set(np.array(widths)[have])) < 2:
+        return math.nan, [math.nan, math.nan], int(have.sum())
+    known = np.array(widths)[have], np.exp(values[:, have])
+    interval = metrics.exponent_interval(*known, resolution=np.exp(steps[have]), equal_noise=True)
+    return metrics.fit_exponent(*known)[0], list(interval), int(have.sum())
+
+
+def exponents_of(points, widths):
+    """{"optimal": ..., "max_stable": ...} as exponent_of, from the points of every width.
+
+    The edge is a property of a run: each seed's bracket counts by its middle, as uncertain as the bracket
+    is wide.
+    """
+    def column(name):
+        return np.stack([point[name] for point in points], 1)               # (S, W)
+
+    gaps = column("unstable") - column("stable")
+    wide = np.sqrt(np.square(gaps).mean(0))
+    return {"optimal": exponent_of(widths, column("optimal"), np.array([point["step"] for point in points])),
+            "max_stable": exponent_of(widths, column("stable") + gaps / 2, wide)}
 
 
 # ---- the rows of summary.json ----
@@ -242,44 +284,72 @@ def summarize(rows, criterion="chance", curves=None, widths=None, seeds=None):
 
 
 def summarize_curve(curve, cells, widths, failed, criterion, shared):
-    """The summary of one curve from its cells, one per width; failed: widths at which a run did not fit
-    into memory."""
-    told, seeds = dict(zip(CURVE, curve)), len(cells[0]["losses"])
-    fits, points = exponents_of(cells, widths, criterion)
-    bound = param.max_stable_alpha(told["param"], told["optimizer"], told["loss"], depth(shared), shared["trainable"])
-    lrs = np.exp(points[:, 1:])
-    at_optimum = {name: [cell[name][:, int(best)].tolist() for (best, *_), cell in zip(points, cells)]
-                  for name in train.VALIDATION}                                             # [W][S]
+    """The summary of one curve from its cells, one per width; failed: widths at which a run did not fit into
+    memory."""
+    told, setting = dict(zip(CURVE, curve)), {name: shared[name] for name in SHOWN if name in shared}
+    points = [points_of(cell, criterion) for cell in cells]
+    fits = exponents_of(points, widths)
+    bound = param.max_trainable_alpha(told["param"], told["optimizer"], told["loss"], depth(shared),
+                                      shared["trainable"])
+    names = {"optimal_lr": "optimal", "max_stable_lr": "stable", "min_unstable_lr": "unstable"}
+    means = [cell["losses"].mean(0) for cell in cells]
+    best = [int(mean.argmin()) for mean in means]
     most_accurate = [np.nan_to_num(cell["val_accuracy"]).mean(0).argmax() for cell in cells]
     return finite({
-        **{key: shared[key] for key in ("model", "data", "base_width", "hidden_layers", "steps")},
-        **told, "widths": list(widths),
-        **dict(zip(("optimal_lr", "max_stable_lr", "min_unstable_lr"), lrs.T.tolist())),
-        "optimal_exponent": float(fits["optimal"][0]), "optimal_interval": fits["optimal"][1].tolist(),
-        "max_stable_exponent": float(fits["max_stable"][0]), "max_stable_interval": fits["max_stable"][1].tolist(),
+        **setting, **told, "widths": list(widths),
+        **{name: [float(np.exp(point[key].mean())) for point in points] for name, key in names.items()},
+        "optimal_exponent": fits["optimal"][0], "optimal_interval": fits["optimal"][1],
+        "max_stable_exponent": fits["max_stable"][0], "max_stable_interval": fits["max_stable"][1],
         "predicted_max_stable_exponent": told["alpha"] - bound,
+        "optimum_at_edge": [bool(point["at_edge"]) for point in points],
         "best_train_accuracy": [float(cell["accuracies"].mean(0).max()) for cell in cells],
-        "best_train_loss": [float(cell["losses"].mean(0).min()) for cell in cells],
-        "best_val_accuracy": [cell["val_accuracy"][:, k].tolist() for cell, k in zip(cells, most_accurate)],  # [W][S]
-        "at_optimum": at_optimum, "chance_loss": cells[0]["chance"],
-        "flags": flags_of(points, cells, widths, seeds, failed),
+        "best_train_loss": [float(mean[k]) if (cell["losses"][:, k] < DIVERGED).all() else math.nan
+                            for cell, mean, k in zip(cells, means, best)],
+        "best_val_accuracy": [cell["val_accuracy"][:, k].tolist() for cell, k in zip(cells, most_accurate)],
+        "at_optimum": {name: [cell[name][:, k].tolist() for cell, k in zip(cells, best)]
+                       for name in train.VALIDATION},                       # [W][S]
+        "chance_loss": cells[0]["chance"],
+        "flags": flags_of(points, fits, cells, widths, failed, criterion),
         "curves": [{"lr": cell["lr"].tolist(), "train_loss": np.where(
             cell["losses"] < DIVERGED, cell["losses"], math.nan).tolist()} for cell in cells]})
 
 
-def flags_of(points, cells, widths, seeds, failed):
-    """What a reader of the exponents must know."""
+def flags_of(points, fits, cells, widths, failed, criterion):
+    """What a reader of the exponents must know, and what to do."""
+    seeds = len(cells[0]["losses"])
     flags = ["one width: no exponent"] if len(widths) == 1 else []
     flags += ["one seed: the interval is the grid's resolution"] if seeds == 1 else []
     flags += [f"width {width}: out of memory" for width in failed]
-    for (best, optimal, stable, unstable), cell, width in zip(points, cells, widths):
-        if math.isnan(optimal):
-            flags.append(f"width {width}: every run diverged")
-            continue
-        flags += [f"width {width}: optimum at the grid's edge"] * (best in (0, len(cell["lr"]) - 1))
-        flags += [f"width {width}: no stable LR"] * math.isnan(stable)
-        if not math.isnan(stable) and math.isnan(unstable):
-            flags.append(f"width {width}: nothing unstable up to LR {cell['lr'][-1]:.3g}")
+    for name, words in (("max_stable", "edge"), ("optimal", "optimum")):
+        if 0 < fits[name][2] < len(widths):
+            flags.append(f"{words} from {fits[name][2]} of {len(widths)} widths")
+    for point, cell, width in zip(points, cells, widths):
+        flags += [f"width {width}: {words}" for words in flags_of_cell(point, cell, criterion)]
+    return flags
+
+
+def flags_of_cell(point, cell, criterion):
+    """Why a cell has no optimum or edge, and what to do."""
+    lrs, losses, seeds = cell["lr"], cell["losses"], len(cell["losses"])
+    finished = (losses < DIVERGED)
+    if not finished.any():
+        return ["every run diverged; use lower --lrs"]
+    if not finished.all(0).any():
+        return [f"at every LR at least one of {seeds} seeds diverged; use lower --lrs"]
+    flags, best = [], int(losses.mean(0).argmin())
+    if best in (0, len(lrs) - 1):
+        flags.append("optimum at the grid's edge; widen --lr-range")
+    missing = int(np.isnan(point["stable"]).sum())
+    if missing and criterion[0] == "chance":
+        limit = f"{criterion[1]:g} x the constant predictor's {cell['chance']:.3g}"
+        flags.append(f"no stable LR for {missing} of {seeds} seeds: no loss below {limit} (lowest mean "
+                     f"{losses.mean(0)[best]:.3g}); more --steps, or --stable-if chance={2 * criterion[1]:g}")
+    elif missing:
+        flags.append(f"no stable LR for {missing} of {seeds} seeds under {criterion[0]}={criterion[1]:g}; "
+                     "more --steps, or another --stable-if")
+    above = int((np.isnan(point["unstable"]) & np.isfinite(point["stable"])).sum())
+    if above:
+        flags.append(f"nothing unstable up to LR {lrs[-1]:.3g} for {above} of {seeds} seeds")
     return flags
 
 
@@ -298,21 +368,26 @@ def summarize_tracks(rows, tracks, curves=None, widths=None, seeds=None):
         modules.setdefault(row["id"], {})[row["module"]] = row["role"]
     summary = {"updates": [], "alignment": [], "limit": [], "course": []}
     for curve, lr in itertools.product(curves, sorted({row["lr"] for row in rows})):
-        ids = {(row["seed"], row["width"]): row["id"] for row in rows if curve_of(row) == curve and row["lr"] == lr}
+        ids = {(row["seed"], row["width"]): row["id"] for row in rows
+               if curve_of(row) == curve and row["lr"] == lr}
         roles = next((modules[id] for id in ids.values() if id in modules), None)
         if roles is None:
             continue
 
         def values(step, module, quantity, missing=math.nan):
             """[S][W] of one tracked quantity."""
-            found = [[tracks.get((ids.get((seed, width)), step, module), {}).get(quantity) for width in widths]
-                     for seed in range(seeds)]
-            return [[missing if value is None else value for value in line] for line in found]
+            def one(seed, width):
+                value = tracks.get((ids.get((seed, width)), step, module), {}).get(quantity)
+                return missing if value is None else value
+
+            return [[one(seed, width) for width in widths] for seed in range(seeds)]
 
         told = dict(zip(CURVE, curve))
         key = {**told, "lr": lr, "widths": list(widths)}
-        summary["updates"] += [{**key, **entry} for entry in update_exponents(values, told, widths, shared, roles)]
-        summary["alignment"] += [{**key, **entry} for entry in alignment_course(values, roles, steps)]
+        for entry in update_exponents(values, told, widths, shared, roles):
+            summary["updates"].append({**key, **entry})
+        for entry in alignment_course(values, roles, steps):
+            summary["alignment"].append({**key, **entry})
         softmax = values(shared["steps"], "", "softmax", [[math.nan]])
         distance = [[rms_distance(output, of_seed[-1]) for output in of_seed] for of_seed in softmax]
         summary["limit"].append({**key, "steps": shared["steps"], "values": distance})
@@ -325,6 +400,8 @@ def alignment_course(values, roles, steps):
     for layer, name in enumerate(name for name in roles if name):
         for kind in ("operator_update", "operator_propagating"):
             means = [np.array(values(step, name, kind)).mean(0) for step in steps]              # [T] (W,)
+            if np.isnan(means).all() and layer == 0 and kind == "operator_update":
+                return              # tracked without alignment
             yield {"layer": layer, "module": name, "kind": kind, "steps": steps,
                    "values": np.transpose(means).tolist()}
 
@@ -352,21 +429,20 @@ def predicted_updates(curve, shared, step, roles):
     first block; a gain multiplies coordinates, as an input weight does.
     """
     told = {name: curve[name] for name in ("optimizer", "loss", "alpha")}
-    predicted = param.predict(curve["param"], **told, hidden_layers=depth(shared), trainable=shared["trainable"],
-                              step=step)
-    change = max(predicted.effective[-1], predicted.propagating[-1])            # of the logits, without their initial value
+    predicted = param.predict(curve["param"], **told, hidden_layers=depth(shared),
+                              trainable=shared["trainable"], step=step)
+    change = max(predicted.effective[-1], predicted.propagating[-1])        # the logits, less their initial value
     names = [name for name in roles if name]
     logits = ("logits", len(names), "", "change", change)
     if shared["model"] == "mlp":
-        entries = [("effective", i, name, "effective", predicted.effective[i]) for i, name in enumerate(names)]
-        for i, name in enumerate(names[1:]):
-            entries.append(("propagating", i + 1, name, "propagating", predicted.propagating[i]))
-        for i, name in enumerate(names[1:]):
-            entries.append(("features", i, name, "input_change", predicted.features[i]))
-        return [*entries, logits], predicted.regime
+        entries = [("effective", i, names[i], "effective", e) for i, e in enumerate(predicted.effective)]
+        entries += [("propagating", i, names[i], "propagating", e) for i, e in enumerate(predicted.propagating, 1)]
+        entries += [("features", i, names[i + 1], "input_change", e) for i, e in enumerate(predicted.features)]
+        return [*entries, logits], predicted
     c = {role: pair[1] for role, pair in param.exponents(curve["param"], curve["optimizer"]).items()}
-    effective = {"input": predicted.effective[0], "hidden": predicted.effective[1], "output": predicted.effective[-1],
-                 "vector": predicted.effective[0] + c["input"] - c["vector"]}
+    of_input, of_hidden, *_, of_output = predicted.effective
+    effective = {"input": of_input, "hidden": of_hidden, "output": of_output,
+                 "vector": of_input + c["input"] - c["vector"]}
     propagating = {"hidden": predicted.propagating[-2], "output": predicted.propagating[-1],
                    "vector": predicted.features[-1]}
     entries = []
@@ -377,7 +453,7 @@ def predicted_updates(curve, shared, step, roles):
             first = re.fullmatch(r"blocks\.0\.(norm_attention|attention\.qkv|norm_mlp|up)", name)
             exponent = predicted.features[0] if first else propagating[role]
             entries.append(("propagating", layer, name, "propagating", exponent))
-    return [*entries, logits], predicted.regime
+    return [*entries, logits], predicted
 
 
 def update_exponents(values, curve, widths, shared, roles):
@@ -386,11 +462,12 @@ def update_exponents(values, curve, widths, shared, roles):
     the last step."""
     names = list(roles)
     for step in sorted({1, shared["steps"]}):
-        tracked, regime = predicted_updates(curve, shared, step, roles)
+        tracked, predicted = predicted_updates(curve, shared, step, roles)
         for kind, layer, module, quantity, exponent in tracked:
             norms = np.array(values(step, module, quantity))                # (S, W)
-            entry = {"module": names[layer] if kind != "logits" else "", "step": step, "kind": kind, "layer": layer, "values": norms.tolist(),
-                     "exponent": None, "interval": [None, None], "predicted": exponent, "regime": regime}
+            entry = {"module": names[layer] if kind != "logits" else "", "step": step, "kind": kind,
+                     "layer": layer, "values": norms.tolist(), "exponent": None, "interval": [None, None],
+                     "predicted": exponent, "lower_bound": predicted.lower_bound, "regime": predicted.regime}
             usable = (np.isfinite(norms) & (norms > 0)).all(0)
             if usable.sum() > 1:
                 measured = np.array(widths)[usable], norms[:, usable]
@@ -403,7 +480,8 @@ def update_exponents(values, curve, widths, shared, roles):
 
 def namer(entries, always=()):
     """(head, name(entry)): columns of the settings that differ among entries, and of those named always."""
-    named = [name for name in (*CURVE, "lr") if name in always or len({entry.get(name) for entry in entries}) > 1]
+    named = [name for name in (*CURVE, "lr")
+             if name in always or len({entry.get(name) for entry in entries}) > 1]
     sizes = {name: max(len(name), *(len(str(entry[name])) for entry in entries)) for name in named}
 
     def name_of(entry):
@@ -428,8 +506,10 @@ def table(summary):
              f"{head}{'predicted':>10}   {'max-stable':22}optimal"]
     for row in summary:
         predicted = row["predicted_max_stable_exponent"]
+        cliffs = sum(row["optimum_at_edge"])
+        cliffs = f"  (the last stable LR at {cliffs} of {len(row['widths'])} widths)" if cliffs else ""
         lines.append(f"{name_of(row)}{'no bound' if predicted is None else f'{predicted:+.2f}':>10}   "
-                     f"{measured(row, 'max_stable'):22}{measured(row, 'optimal')}")
+                     f"{measured(row, 'max_stable'):22}{measured(row, 'optimal')}{cliffs}")
     lines += ["", f"{head}{'width':>6}  {'optimal LR':>10}  {'loss there':>10}  stable up to  unstable from"]
     for row in summary:
         for i, width in enumerate(row["widths"]):
@@ -447,9 +527,10 @@ def table(summary):
 def update_table(updates):
     """Predicted beside measured exponents of the effective updates, from input to readout, and of the
     logits' change."""
-    def words(values):
-        values = [value for value in values if value is not None]
-        return f"{sum(values) / len(values):+.2f}" if values else "-"
+    def words(entries, key):
+        values = [entry[key] for entry in entries if entry[key] is not None]
+        bound = "≥" if key == "predicted" and entries[0]["lower_bound"] else ""
+        return f"{bound}{sum(values) / len(values):+.2f}" if values else "-"
 
     head, name_of = namer(updates, CURVE[:4])
     groups, kinds = {}, {}
@@ -461,7 +542,7 @@ def update_table(updates):
             group.setdefault(kind, []).append(entry)
     lines = []
     for name, of_kind in groups.items():
-        cells = [f"{words(e['exponent'] for e in of_kind[kind])} ({words(e['predicted'] for e in of_kind[kind])})"
+        cells = [f"{words(of_kind[kind], 'exponent')} ({words(of_kind[kind], 'predicted')})"
                  if kind in of_kind else "" for kind in kinds]
         lines.append((name + "  ".join(cell.rjust(kinds[kind]) for kind, cell in zip(kinds, cells))).rstrip())
     head += f"{'step':6}" + "  ".join(kind.rjust(size) for kind, size in kinds.items())
@@ -476,14 +557,14 @@ def report(out, rows, tracks, stable_if, command, curves=None, widths=None, seed
     shared = shared_settings(rows)
     summary = {"command": command, "stable_if": stable_if, "runs": len(rows),
                "seconds": round(sum(row["seconds"] for row in rows), 1),
-               **{name: shared[name] for name in ("model", "data", "hidden_layers", "layers", "steps", "base_width")},
-               "rows": []}
+               **{name: shared[name] for name in SHOWN}, "rows": []}
     if len({row["lr"] for row in rows}) > 1:        # one LR alone has no optimum and no edge
         summary["rows"] = summarize(rows, stable_if, curves, widths, seeds)
         print(table(summary["rows"]) if summary["rows"] else "No results.")
         for curve in curves or ():
             if not any(curve_of(row) == curve for row in summary["rows"]):
-                print(f"! {' '.join(map(str, curve[:3]))}: every run was out of memory; use smaller widths or batches")
+                print(f"! {' '.join(map(str, curve[:3]))}: every run was out of memory; "
+                      "use smaller widths or batches")
     if tracks:
         summary.update(summarize_tracks(rows, tracks, curves, widths, seeds))
         print(update_table(summary["updates"]))
@@ -493,8 +574,7 @@ def report(out, rows, tracks, stable_if, command, curves=None, widths=None, seed
 def main():
     parser = train.Parser(description="The table and summary.json of a sweep again, from its rows alone.")
     parser.add_argument("out", type=Path, metavar="OUT", help="result folder of a sweep")
-    parser.add_argument("--stable-if", metavar="NAME[=X]", help="; ".join(
-        f"{name} (X = {x:g}): {words}" for name, (x, _, words) in CRITERIA.items()) + " (default: as before)")
+    parser.add_argument("--stable-if", metavar="NAME[=X]", help=criteria_help() + " (default: as before)")
     args = parser.parse_args()
     rows = list(read_rows(args.out, mend=False).values())
     if not rows:

@@ -27,6 +27,7 @@ import math
 import warnings
 from contextlib import contextmanager
 from functools import partial
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -488,36 +489,51 @@ def fit_exponent(widths, values):
     return slope.item(), (logs.mean() - slope * log_n.mean()).item()
 
 
-def exponent_interval(widths, values, level=0.95, resamples=2000, seed=0, resolution=1.0):
-    """Bootstrap interval (low, high) of fit_exponent's slope, for values (S, W) of S seeds.
+def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=False):
+    """Interval (low, high) of fit_exponent's slope, for values (S, W) of S seeds.
 
-    Few whole seeds resampled cover too rarely (three: 74 % in place of 95 %).
-    Instead the logs' deviations from their width's mean are pooled and resampled,
-    which takes widths for independent and equally noisy; scaled by sqrt(S W / d),
-    d = W (S-1), to be unbiased in variance; each resample over sqrt(chi2_d / d):
-    Student's t in place of the normal. One seed: deviations from the line,
-    d = W-2, and (nan, nan) with two widths. `resolution`: factor between
-    neighbours of the values' grid, a number or (W,); each resample moves its
-    values uniformly within one such step, in log.
+    Student's t on the variance of the slope, sum_w c_w^2 (s_w^2 / S + log(resolution_w)^2 / 12), c its weights.
+    s_w^2: variance at a width, of residuals from the means of width and seed, so that what a seed does at
+    every width alike counts for nothing; degrees of freedom by Welch and Satterthwaite, for widths that are
+    not equally noisy. equal_noise: one variance for all widths, (S-1) (W-1) degrees of freedom, narrower
+    where seeds are few. One seed: residuals from the line, W-2. (nan, nan) where no degree is left and the
+    values are exact. resolution: factor between neighbours of the values' grid, a number or (W,).
     """
     log_n, logs = _logs(widths, values)
     weights, (seeds, count) = _slope_weights(log_n), logs.shape
-    mean = logs.mean(dim=0)
-    slope, freedom = weights @ mean, count * (seeds - 1)
+    mean, most = logs.mean(dim=0), max(seeds - 1, 1) * (count - 1)
+    slope = (weights @ mean).item()
     if seeds == 1:
-        mean, freedom = logs.mean() + slope * (log_n - log_n.mean()), count - 2
+        residuals, most = logs - mean.mean() - slope * (log_n - log_n.mean()), count - 2
+        squares = residuals.square().sum().expand(count) / max(most, 1)
+    else:
+        residuals = logs - mean - logs.mean(dim=1, keepdim=True) + logs.mean()
+        squares = residuals.square().sum(dim=0) / ((seeds - 1) * (1 - 1 / count))
+    if equal_noise:
+        squares = squares.mean().expand(count)
+    noise = weights.square() * squares / seeds
+    step = torch.as_tensor(resolution, dtype=torch.float64).log()
+    variance = (noise + weights.square() * step.square() / 12).sum().item()
+    if most < 1:
+        freedom = math.inf if variance > 0 else 0
+    elif equal_noise or seeds == 1 or not noise.any():
+        freedom = most
+    else:
+        freedom = min(most, (seeds - 1) * (noise.sum().square() / noise.square().sum()).item())
     if freedom == 0:
         return math.nan, math.nan
-    generator, exact = torch.Generator().manual_seed(seed), {"dtype": torch.float64}
-    deviations = (logs - mean).flatten() * math.sqrt(seeds * count / freedom)
-    picks = torch.randint(seeds * count, (resamples, seeds, count), generator=generator)
-    normal = torch.randn(resamples, freedom, generator=generator, **exact)
-    chi2 = normal.square().sum(dim=1, keepdim=True)
-    within_step = torch.rand(resamples, count, generator=generator, **exact) - 0.5
-    draws = deviations[picks].mean(dim=1) / (chi2 / freedom).sqrt()  # (resamples, W)
-    draws = draws + within_step * torch.as_tensor(resolution, **exact).log()
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], **exact)
-    return tuple((slope + draws @ weights).quantile(tails).tolist())
+    half = t_quantile((1 + level) / 2, freedom) * math.sqrt(variance)
+    return slope - half, slope + half
+
+
+def t_quantile(probability, freedom):
+    """Quantile of Student's t, above the median, by integrating its density over atan(t / sqrt(freedom))."""
+    if math.isinf(freedom):
+        return NormalDist().inv_cdf(probability)
+    angle = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)
+    mass = torch.cumulative_trapezoid(angle.cos().clamp_min(0).pow(freedom - 1), angle)
+    at = torch.searchsorted(mass, (2 * probability - 1) * mass[-1]).item()
+    return math.sqrt(freedom) * math.tan(angle[at + 1].item())
 
 
 def _logs(widths, values):

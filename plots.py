@@ -450,10 +450,11 @@ def bounded(summary):
         if measured is not None:
             left.errorbar(measured, place, xerr=np.abs(interval - measured)[:, None], fmt="o", color=color, capsize=3,
                           markerfacecolor="white")
-        lr, losses = (floats(row["curves"][-1][key]) for key in ("lr", "train_loss"))
-        loss_line(right, lr, losses / row["chance_loss"], edge_of(row)[-1], named(row["loss"]), color)
+        lr, values = floats(row["curves"][-1]["lr"]), relative_loss(row, -1)[None]
+        loss_line(right, lr, values, edge_of(row)[-1], named(row["loss"]), color)
     left.set_yticks(range(len(rows)), [named(row["loss"]) for row in rows])
     left.set(xlabel="exponent of the largest stable LR", title="diamonds: predicted; bars: 95 % intervals")
+    left.invert_yaxis()
     left.grid(axis="y", visible=False)
     right.axhline(1.0, color="0.5", linewidth=0.9, linestyle="--")
     right.set(xscale="log", xlabel="learning rate", ylabel="loss / a constant predictor's",
@@ -566,34 +567,31 @@ def course(summary):
         for axis, last, entry in zip(row, axes[-1], entries):
             values = floats(entry[kind])            # (W, T)
             for width, line in zip(entry["widths"], values):
-                course_line(axis, floats(entry["steps"]), line, top, colours[width], f"{width}")
+                course_line(axis, floats(entry["steps"]), line, top, color=colours[width], label=f"{width}")
             first = slope(floats(entry["widths"]), geometric_mean([values[:, 0]]))
             if first is not None and kind != "train_loss":
                 axis.text(0.97, 0.95, f"step 1: {power(first)}", transform=axis.transAxes, ha="right", va="top")
             axis.set_title(named(entry["loss"]) if kind == kinds[0] else "")
             last.set_xlabel("step")
-    title = f"{setting(summary)}, {shared(entries)}. Triangles: a line leaves the panel, or is finite no longer"
+    title = f"{setting(summary)}, {shared(entries)}. Triangles: beyond the panel, or no longer finite"
     return finish(figure, title, legend="width")
 
 
 def course_range(lines):
-    """(low, top) of a row of panels: all of the lines that settle, the start of those that do not."""
+    """(low, top) of a row of panels: the whole of the lines that settle, the start of those that do not."""
     lines = np.array([line for line in lines if line[0] > 0])
-    highest = [line.max() for line in lines if line.max() < 1e4 * line[0]]         # nan: not settled
-    top = 3 * max(highest or 30 * lines[:, 0])
+    settled = [line.max() for line in lines if line.max() < 1e4 * line[0]]         # nan is not settled
+    top = 3 * max(settled + list(lines[:, 0]))
     return lines[(lines > 0) & (lines < top)].min() / 1.5, top
 
 
-def course_line(axis, steps, values, top, color, label):
-    """A line (T,) as far as it stays below `top`, and a mark where it crosses; null counts as beyond."""
+def course_line(axis, steps, values, top, **kwargs):
+    """A line (T,) until it is above `top` or no longer finite, and a mark at the step where it is."""
     beyond = np.flatnonzero(~(values < top))
-    k = beyond[0] if beyond.size else len(values)
-    axis.plot(steps[:k], values[:k], color=color, linewidth=1.2, label=label)
-    if 0 < k < len(values):
-        rise = np.log([values[k - 1], np.nan_to_num(values[k], nan=1e9 * top)])
-        x = np.exp(np.interp(np.log(top), rise, np.log(steps[k - 1:k + 1])))
-        axis.plot([steps[k - 1], x], [values[k - 1], top], color=color, linewidth=1.2)
-        axis.plot(x, top, "^", color=color, markersize=5, clip_on=False, zorder=4)
+    end = beyond[0] if beyond.size else len(values)
+    axis.plot(steps[:end + 1], np.append(values[:end], [top] * (beyond.size > 0)), linewidth=1.2, **kwargs)
+    if 0 < end < len(values):
+        axis.plot(steps[end], top, "^", color=kwargs["color"], markersize=5, clip_on=False, zorder=4)
 
 
 def updates(summary, step=1):

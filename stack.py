@@ -16,9 +16,9 @@ train it alone, to rounding.
         loss, = advance(runs, x, y, network, rule, step)            # x (R, B, ...), y (R, B) -> (R,)
     logits = network.forward(runs["weights"], x)                    # (R, B, C)
 
-Replicas that diverged leave by `drop_`. A bias-free MLP has a backward pass written out (`mlp_network`), with plain
-SGD fused into its products: W <- W - lr δᵀh. Needs torch only and can be copied alone. Out of scope: dropout and
-BatchNorm, which need state.
+Replicas that diverged leave by `drop_`. A bias-free MLP has a backward pass written out (`mlp_network`),
+with plain SGD fused into its products: W <- W - lr δᵀh. Needs torch only and can be copied alone. Out of
+scope: dropout and BatchNorm, which need state.
 """
 import math
 from collections import namedtuple
@@ -79,7 +79,7 @@ squared_hinge = partial(hinge, power=2)
 # ---- and the loss of the best constant logits, from the class frequencies p (C,) ----
 
 def _entropy(p):
-    return -(p * p.clamp_min(1e-300).log()).sum().item()
+    return -torch.xlogy(p, p).sum().item()
 
 
 def _variance(p):
@@ -126,7 +126,7 @@ LOSSES = {
 }
 
 
-# ---- the stack: {"weights": [(R, *shape)], "lr": [(R, 1, ...)], ...}, an entry per tensor in model order ----
+# ---- the stack: {"weights": [(R, *shape)], "lr": [(R, 1, ...)], ...}, an entry per tensor, in order ----
 
 SCRATCH = ("grads", "calls")        # what steps make anew where it is missing
 
@@ -179,8 +179,8 @@ def drop_(stack, stays):
 # ---- networks: how a stack's logits and gradients are computed ----
 
 # forward(weights, x) -> logits (R, B, ..., C)
-# gradients(weights, x, y, out) -> gradients [(R, *shape)] of each replica's mean loss, loss per sample, logits;
-#     out: a list to keep the gradients in, so that the next step finds their memory
+# gradients(weights, x, y, out) -> gradients [(R, *shape)] of each replica's mean loss, loss per sample, logits
+#     (out: a list to keep the gradients in, so that the next step finds their memory)
 # descend(weights, x, y, lr) -> loss, logits: gradients and the update of plain SGD in one, or None
 Network = namedtuple("Network", "forward gradients descend", defaults=(None,))
 
@@ -189,17 +189,17 @@ def module_network(model, loss, alone=False):
     """Any module: autograd through vmap. alone: a single replica runs without vmap, which keeps fast
     attention."""
     names = [name for name, _ in model.named_parameters()]
-    owners = [model.get_submodule(name.rpartition(".")[0])._parameters for name in names]
-    slots = [(owner, name.rpartition(".")[2]) for owner, name in zip(owners, names)]
+    slots = [(i, module._parameters, key) for i, w in enumerate(model.parameters())     # tied weights have several
+             for module in model.modules() for key, p in module._parameters.items() if p is w]
 
     def single(weights, x):         # functional_call costs a tenth of a small model's step
-        own = [owner[key] for owner, key in slots]
+        own = [owner[key] for _, owner, key in slots]
         try:
-            for (owner, key), w in zip(slots, weights):
-                owner[key] = w.squeeze(0)
+            for i, owner, key in slots:
+                owner[key] = weights[i].squeeze(0)
             return model(x[0])[None]
         finally:
-            for (owner, key), w in zip(slots, own):
+            for (_, owner, key), w in zip(slots, own):
                 owner[key] = w
 
     def forward(weights, x):
@@ -323,8 +323,9 @@ def _means(losses, logits, y, accuracy):
 def clip_(grads, largest):
     """Scales each replica's gradients to a joint norm of at most `largest`, as
     torch.nn.utils.clip_grad_norm_."""
-    norms = [torch.linalg.vector_norm(g, dim=tuple(range(1, g.ndim))) for g in grads]       # [(R,)]
-    factor = (largest / (torch.stack(norms).norm(dim=0) + 1e-6)).clamp(max=1.0)
+    norms = torch._foreach_norm([own for g in grads for own in g])      # one by one: sums do not depend on R
+    squares = torch.stack(norms).view(len(grads), -1).square()          # (tensors, R)
+    factor = (largest / (sum(squares).sqrt() + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(grads, [factor.view(-1, *[1] * (g.ndim - 1)) for g in grads])
 
 

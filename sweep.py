@@ -34,58 +34,82 @@ from train import InputError
 
 LR_RANGE = {"sgd": (2 ** -8, 2 ** 3), "adam": (2 ** -9, 2 ** -1)}
 WIDTHS = [64, 128, 256, 512, 1024]
+WIDE = [512, 1024, 2048, 4096]          # where a few steps are all that is trained
 PAPER_WIDTHS = [256, 512, 1024, 2048, 4096]
+SIX = ["ce", "hinge", "huber", "squared_hinge", "mse", "brier"]
 THREE = [dict(alpha=0.5), dict(param="mup"), dict(param="sp_full_align")]
 FIVE = [dict(optimizer="sgd"), dict(optimizer="adam"), dict(optimizer="adam", norm_affine=False),
         dict(optimizer="adam", param="mup"), dict(optimizer="adam", param="sp_full_align")]
 PAPER_GPT = dict(steps=10_681, layers=6, context=512, batch_size=256, accumulate=8, warmup=700,
                  dtype="bfloat16", base_width=256)
-FEW_STEPS = dict(widths=[128, 256, 512, 1024], hidden_layers=3)
 PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
-    "headline": ("CE against MSE on generated data",
-                 dict(), dict(widths=PAPER_WIDTHS, seeds=4, hidden_layers=7, steps=937)),
-    "optimal_lr": ("the same on Fashion-MNIST (paper: MNIST), 8-layer MLP (Fig. 1)",
-                   dict(data="fashion_mnist", hidden_layers=7, steps=150, batch_size=128,
-                        widths=[128, 256, 512, 1024], lr_range=[2 ** -9, 1.0], stable_if="accuracy"),
-                   dict(data="mnist", steps=937, batch_size=64, widths=[*PAPER_WIDTHS, 8192, 16384], seeds=4,
-                        lr_range=[2 ** -12, 4.0])),
-    "lr_transfer": ("loss against LR in four parameterizations, full grid (Fig. 5)",
-                    dict(param=["sp", "ntp", "mup", "sp_full_align"], loss=["ce"], widths=[64, 128, 256, 512],
-                         search="grid", lr_range=[2 ** -5, 2.0]),
-                    dict(data="mnist", hidden_layers=7, steps=937, seeds=4, widths=PAPER_WIDTHS,
-                         lr_range=None, stable_if="accuracy")),
-    "losses": ("best accuracy of CE, MSE and Brier in three parameterizations (Fig. 7)",
-               dict(data="fashion_mnist", loss=["ce", "mse", "brier"], param=["sp", "mup", "sp_full_align"],
-                    widths=[64, 128, 256, 512], base_width=64, hidden_layers=3, steps=200,
-                    stable_if="accuracy"),
-               dict(hidden_layers=7, widths=[*PAPER_WIDTHS, 8192], base_width=256, steps=937, seeds=4)),
-    "updates": ("update norms of every layer against width (Fig. 4)",
-                dict(FEW_STEPS, curves=THREE, loss=["ce"], lrs=[0.1], steps=10, track=1),
-                dict(hidden_layers=7, steps=100, seeds=4, widths=PAPER_WIDTHS, track=10)),
-    "alignment": ("alignment over training (Fig. 2)",
-                  dict(alpha=[0.5], loss=["ce"], hidden_layers=3, lrs=[0.1], steps=200, track=20),
-                  dict(data="mnist", widths=PAPER_WIDTHS, hidden_layers=7, steps=937, seeds=4, track=50)),
-    "regimes": ("exponents of updates against α (Propositions 1 and 2)",
-                dict(FEW_STEPS, alpha=[-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25], lrs=[0.005],
-                     readout_scale=0.05, steps=4, track=1),
-                dict(widths=PAPER_WIDTHS, hidden_layers=7, steps=10, seeds=4)),
-    "gpt": ("a GPT under SGD and Adam, with and without norm gains (Fig. 6)",
-            dict(model="gpt", loss=["ce"], widths=[32, 64, 128, 256], steps=150, stable_if="best+1",
-                 curves=FIVE),
-            dict(PAPER_GPT, widths=[256, 1024, 4096])),
-    "gpt_small": ("a small grid of it; the default of --model gpt",
-                  dict(model="gpt", loss=["ce"], widths=[32, 64, 128], seeds=2, optimizer=["adam"],
-                       stable_if="best+1"),
-                  dict(PAPER_GPT, widths=[256, 1024])),
-    "gpt_updates": ("update norms of every tensor of a GPT against width",
-                    dict(model="gpt", loss=["ce"], optimizer=["adam"], param=["sp", "mup", "sp_full_align"],
-                         widths=[64, 128, 256, 512], lrs=[0.001], warmup=[0], decay="none", steps=4, track=1),
-                    dict(widths=PAPER_WIDTHS, base_width=256, layers=6, context=512, batch_size=64)),
-    "limit": ("distance to the widest network, and the features' change (Proposition 2)",
-              dict(FEW_STEPS, alpha=[0.5, 1.0], loss=["ce"], lrs=[0.1], track=10),
-              dict(widths=[*PAPER_WIDTHS, 8192], hidden_layers=7, steps=937, seeds=4, track=50)),
+    "headline": (
+        "CE against MSE on generated data",
+        dict(),
+        dict(widths=PAPER_WIDTHS, seeds=4, hidden_layers=7, steps=937)),
+    "course": (
+        "logits, hidden updates and loss over the first steps: the mechanism",
+        dict(loss=["ce", "mse", "huber"], alpha=[0.5], widths=[*WIDTHS[1:], 2048], lrs=[0.1], steps=100,
+             track=5),
+        dict(widths=PAPER_WIDTHS, hidden_layers=7)),
+    "phase": (
+        "loss over LR and width as a map, full grid",
+        dict(loss=["ce", "mse", "huber"], widths=[*WIDTHS, 2048], seeds=1, search="grid",
+             lr_range=[2 ** -7, 4.0]),
+        dict(widths=[*PAPER_WIDTHS, 8192], hidden_layers=7, steps=937)),
+    "bounded": (
+        "six losses: does a bounded derivative decide?",
+        dict(loss=SIX, seeds=2),
+        dict(widths=PAPER_WIDTHS, seeds=4, hidden_layers=7, steps=937)),
+    "optimal_lr": (
+        "CE against MSE on Fashion-MNIST (paper: MNIST), 8-layer MLP (Fig. 1)",
+        dict(data="fashion_mnist", hidden_layers=7, steps=300, widths=[128, 256, 512, 1024, 2048], seeds=2,
+             lr_range=[2 ** -9, 1.0], stable_if="accuracy"),
+        dict(data="mnist", steps=937, widths=[*PAPER_WIDTHS, 8192, 16384], seeds=4, lr_range=[2 ** -12, 4.0])),
+    "lr_transfer": (
+        "loss against LR in four parameterizations, full grid (Fig. 5)",
+        dict(param=["sp", "ntp", "mup", "sp_full_align"], loss=["ce"], widths=WIDTHS[:4], search="grid",
+             lr_range=[2 ** -5, 4.0]),
+        dict(data="mnist", hidden_layers=7, steps=937, seeds=4, widths=PAPER_WIDTHS, lr_range=None,
+             stable_if="accuracy")),
+    "losses": (
+        "best accuracy of CE, MSE and Brier in three parameterizations (Fig. 7)",
+        dict(data="fashion_mnist", loss=["ce", "mse", "brier"], param=["sp", "mup", "sp_full_align"],
+             widths=[64, 256, 1024], base_width=64, hidden_layers=3, steps=600, seeds=2, stable_if="accuracy"),
+        dict(hidden_layers=7, widths=[*PAPER_WIDTHS, 8192], base_width=256, steps=937, seeds=4)),
+    "regimes": (
+        "exponents of updates against α (Propositions 1 and 2)",
+        dict(alpha=[-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25], widths=WIDE, hidden_layers=3, lrs=[0.005],
+             readout_scale=0.05, steps=4, track=1),
+        dict(hidden_layers=7, steps=10, seeds=4)),
+    "updates": (
+        "update norms of every layer against width (Fig. 4)",
+        dict(curves=THREE, loss=["ce"], widths=WIDE, hidden_layers=3, lrs=[0.1], steps=10, track=1),
+        dict(hidden_layers=7, steps=100, seeds=4, track=10)),
+    "alignment": (
+        "alignment over training (Fig. 2)",
+        dict(alpha=[0.5], loss=["ce"], lrs=[0.1], steps=200, track=20, alignment=True),
+        dict(data="mnist", widths=PAPER_WIDTHS, hidden_layers=7, steps=937, seeds=4, track=50)),
+    "limit": (
+        "distance to the widest network, and the features' change (Proposition 2)",
+        dict(alpha=[0.5, 1.0], loss=["ce"], widths=WIDTHS[1:], hidden_layers=3, lrs=[0.1], steps=100, track=10),
+        dict(widths=[*PAPER_WIDTHS, 8192], hidden_layers=7, steps=937, seeds=4, track=50)),
+    "gpt": (
+        "a GPT under SGD and Adam, with and without norm gains (Fig. 6)",
+        dict(model="gpt", loss=["ce"], widths=[32, 64, 128, 256], steps=450, stable_if="best+1", curves=FIVE),
+        dict(PAPER_GPT, widths=[256, 1024, 4096])),
+    "gpt_small": (
+        "a small grid of it; the default of --model gpt",
+        dict(model="gpt", loss=["ce"], widths=[32, 64, 128], seeds=2, steps=100, optimizer=["adam"],
+             stable_if="best+1"),
+        dict(PAPER_GPT, widths=[256, 1024])),
+    "gpt_updates": (
+        "update norms of every tensor of a GPT against width",
+        dict(model="gpt", loss=["ce"], optimizer=["adam"], param=["sp", "mup", "sp_full_align"],
+             widths=[64, 128, 256, 512], lrs=[0.001], warmup=[0], decay="none", steps=4, track=1),
+        dict(widths=PAPER_WIDTHS, base_width=256, layers=6, context=512, batch_size=64)),
 }
-COARSE = 4              # lattice steps between points of the coarse grid: a factor 4 at the default step sqrt(2)
+COARSE = 4              # lattice steps between points of the coarse grid: a factor 4 at the default step
 EXTENSIONS = 6          # coarse steps by which a grid may grow beyond either end
 CPU_MEMORY = 2 ** 30    # bytes for a stack of several replicas on the CPU, and one more replica being drawn
 
@@ -105,11 +129,12 @@ def lattice(args, optimizer):
 def next_points(known, low, high, search, extensions, hint=None, chance=math.inf):
     """Lattice points to run next, a set; empty when the cell is done. A pure function of what is known.
 
-    known: {k: (mean loss, stable)}. grid: all of low..high. coarse-to-fine: every COARSE-th point, or a few
-    around hint = (optimum, edge) of a narrower width; then halves of the gaps beside the optimum, and of
-    the edge's bracket, down to one step. Where the optimum lies at an end, or nothing above it is unstable,
-    the grid grows; downwards also where all runs diverged, or where those at a hint learned nothing: none
-    is stable and below chance, a constant predictor's loss.
+    known: {k: (losses (S,), stable (S,))} of S seeds. grid: all of low..high. coarse-to-fine: every
+    COARSE-th point, or a few around hint = (optimum, edge) of a narrower width; then halves of the gaps
+    beside the optimum, and of every seed's bracket of its edge, down to one step, and single steps outwards
+    while the curve around the optimum does not rise clearly. Where the optimum lies at an end, or nothing
+    above it is unstable for some seed, the grid grows; downwards also where all runs diverged, or where
+    those at a hint learned nothing: none is stable and below chance, a constant predictor's loss.
     """
     grid, reach = search == "grid", set(range(low - extensions * COARSE, high + extensions * COARSE + 1))
     start = set(range(low, high + 1, 1 if grid else COARSE))
@@ -121,27 +146,36 @@ def next_points(known, low, high, search, extensions, hint=None, chance=math.inf
     if not start <= known.keys():
         return start - known.keys()
 
-    ks, (best, edge, above) = sorted(known), optimum_and_edge(known)
-    diverged = known[best][0] >= analyze.DIVERGED / 1e6
-    lost = hint and ks[0] > low and not any(stable and loss < chance for loss, stable in known.values())
-    want = {ks[0] - i for i in grown} & reach if best == ks[0] or diverged or lost else set()
-    if not diverged and (best == ks[-1] or (known[best][1] and above is None)):
+    ks, losses, stable = table_of(known)
+    best, brackets = int(losses.mean(0).argmin()), analyze.edges(losses, stable)
+    diverged = not (losses < analyze.DIVERGED).all(0).any()
+    lost = hint and ks[0] > low and not (stable & (losses < chance)).any()
+    want = {ks[0] - i for i in grown} & reach if best == 0 or diverged or lost else set()
+    unbounded = any(edge is not None and above is None for edge, above in brackets)
+    if not diverged and (best == len(ks) - 1 or unbounded):
         want |= {ks[-1] + i for i in grown} & reach
     if want or grid or diverged:
         return want
-    i = ks.index(best)
-    want = {(best + k) // 2 for k in ks[max(0, i - 1):i] + ks[i + 1:i + 2]}
-    if above is not None:
-        want.add((edge + above) // 2)
+    want = {(ks[best] + k) // 2 for k in ks[best - 1:best] + ks[best + 1:best + 2]}
+    want |= {(ks[edge] + ks[above]) // 2 for edge, above in brackets if above is not None}
+    if want <= known.keys():
+        first, last = analyze.window(losses, stable.all(0))
+        want = {(ks[k] + ks[k + 1]) // 2 for k in range(first, last)}
     return want - known.keys()
 
 
+def table_of(known):
+    """(lattice points in order, losses (S, K), stable (S, K))."""
+    ks = sorted(known)
+    return ks, *(np.stack([np.atleast_1d(known[k][i]) for k in ks], 1) for i in (0, 1))
+
+
 def optimum_and_edge(known):
-    """(optimum, last point below the smallest unstable one above it, that one or None) of {k: (mean loss,
-    stable)}."""
-    best = min(sorted(known), key=lambda k: known[k][0])
-    above = min((k for k in known if k > best and not known[k][1]), default=None)
-    return best, max(k for k in known if best <= k and (above is None or k < above)), above
+    """(optimum, edge) as lattice points, the edge that of the first seed to lose stability."""
+    ks, losses, stable = table_of(known)
+    best = int(losses.mean(0).argmin())
+    last = min((edge for edge, _ in analyze.edges(losses, stable) if edge is not None), default=best)
+    return ks[best], max(ks[best], ks[last])
 
 
 def follow(cell, column_of, criterion, search):
@@ -158,11 +192,10 @@ def follow(cell, column_of, criterion, search):
 
 
 def seen_alone(cell, column_of, ks, criterion):
-    """{k: (mean loss, stable)} of lattice points ks, as if no others had been run."""
-    columns, seeds = [column_of[k] for k in sorted(ks)], len(cell["losses"])
+    """{k: (losses (S,), stable (S,))} of lattice points ks, as if no others had been run."""
+    columns = [column_of[k] for k in sorted(ks)]
     seen = {**cell, "losses": cell["losses"][:, columns], "accuracies": cell["accuracies"][:, columns]}
-    loss, stable = analyze.stability(seen, np.full((1, seeds), 1 / seeds), criterion)
-    return dict(zip(sorted(ks), zip(loss[0], stable[0])))
+    return dict(zip(sorted(ks), zip(seen["losses"].T, analyze.stability(seen, criterion).T)))
 
 
 def missing_runs(args, given, curves, rows):
@@ -184,7 +217,7 @@ def missing_runs(args, given, curves, rows):
             missing += new
             if args["search"] != "grid" and new:
                 break           # wider nets wait for what is found here, which tells where to look
-            stable_somewhere = any(stable for _, stable in known.values())
+            stable_somewhere = any(stable.any() for _, stable in known.values())
             if not points and stable_somewhere:         # no hint from a cell with failed runs
                 hint = optimum_and_edge(known)[:2]
     return missing
@@ -243,11 +276,11 @@ def stacks(runs, device="cpu", size="auto", shares=1):
         yield from (group[a:b] for a, b in zip(bounds, bounds[1:]))
 
 
-def train_or_halve(stack, splits, device, track, tracked):
+def train_or_halve(stack, splits, device, tracked, **tracking):
     """train.train; a stack that does not fit into memory is halved, a single run that does not becomes a
     row saying so."""
     try:
-        return train.train(stack, splits, device, track=track, tracked=tracked)
+        return train.train(stack, splits, device, tracked=tracked, **tracking)
     except (RuntimeError, MemoryError) as error:
         if not train.out_of_memory(error):
             raise
@@ -260,7 +293,7 @@ def train_or_halve(stack, splits, device, track, tracked):
     parts = []
     for part in (stack[:half], stack[half:]):
         own = []
-        parts += train_or_halve(part, splits, device, track, own)
+        parts += train_or_halve(part, splits, device, own, **tracking)
         tracked += own
     return parts
 
@@ -317,7 +350,8 @@ def run_missing(args, given, curves, device, rows, tracks, team, splits=None):
             if splits is None:
                 splits = data.load(stack[0], args["data_dir"], device)
             tracked = []
-            done = train_or_halve(stack, splits, device, args["track"], tracked)
+            done = train_or_halve(stack, splits, device, tracked, track=args["track"],
+                                  alignment=args["alignment"])
             if tracked:         # first, so that a run whose row is there is tracked
                 train.append_rows(args["out"] / rows_file("track", team.rank), tracked)
             train.append_rows(args["out"] / rows_file("runs", team.rank), done)
@@ -459,13 +493,14 @@ def sweep_flags(parser):
         help=f"widths (default {' '.join(map(str, WIDTHS))})")
     add("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default 3)")
     add("--lrs", type=float, nargs="+", metavar="X", help="exactly these LRs, instead of a range")
-    add("--lr-range", type=float, nargs=2, metavar=("LO", "HI"), help="range of LRs; grows where the optimum or "
-        "the edge lies outside (default 2^-8 2^3, Adam 2^-9 2^-1)")
+    add("--lr-range", type=float, nargs=2, metavar=("LO", "HI"), help="range of LRs; grows where the optimum "
+        "or the edge lies outside (default 2^-8 2^3, Adam 2^-9 2^-1)")
     add("--lr-step", type=float, default=math.sqrt(2), metavar="F",
         help="ratio of neighbouring LRs (default sqrt 2)")
     add("--search", default="coarse-to-fine", choices=("coarse-to-fine", "grid"),
         help="LRs to run: around optimum and edge, or all (default coarse-to-fine)")
-    add("--stable-if", default="chance", metavar="NAME[=X]", help=f"{analyze.criteria_help()} (default chance)")
+    add("--stable-if", default="chance", metavar="NAME[=X]",
+        help=f"{analyze.criteria_help()} (default chance)")
     add("--out", metavar="DIR", help="result folder (default out/PRESET and the settings given)")
     add("--no-plots", action="store_true", help="no figures")
     add("--dry-run", action="store_true", help="say what would be run, and run nothing")

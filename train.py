@@ -93,7 +93,7 @@ SETTINGS = {    # name: (default, kind, help)
     "eps":           (1e-8, POSITIVE, "Adam: ε at the base width"),
     "weight_decay":  (0.0, NONNEGATIVE, "lr * weight decay per step does not change with width"),
     "clip":          (0.0, NONNEGATIVE, "largest gradient norm over all tensors; 0 is no clipping"),
-    "steps":         (100, COUNT, "optimizer steps"),
+    "steps":         (400, COUNT, "optimizer steps"),
     "batch_size":    (64, COUNT, "samples a step"),
     "accumulate":    (1, COUNT, "gradient accumulation: parts into which each batch is cut"),
     "warmup":        (0, WHOLE, "steps of linear warmup"),
@@ -276,7 +276,7 @@ VALIDATION = ("val_loss", "val_accuracy", "logit_rms", "val_ece")
 
 
 def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0, tracked=None,
-          checkpoint=None, every=0):
+          alignment=False, checkpoint=None, every=0):
     """Trains runs as one stack and returns one row (dict) per run, in their order.
 
     runs: dicts of SETTINGS, missing ones at their defaults; within a stack only PER_REPLICA may differ.
@@ -296,7 +296,8 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
     network, rule = network_of(config, model), rule_of(config)
     replicas = begin(runs, stack_of(runs, model, base, roles, device, weight_dtype(config)), device)
     if track:
-        measure = tracker(runs, model, roles, replicas["stack"]["weights"], splits, config, tracked)
+        initial = replicas["stack"]["weights"]
+        measure = tracker(runs, model, roles, initial, splits, config, tracked, alignment)
     if checkpoint and checkpoint.exists():
         replicas = load_checkpoint(checkpoint, replicas["ids"], track, device)
         if track:
@@ -477,15 +478,15 @@ def provenance(device):
             "deterministic": kind == "cpu" and torch.backends.mkl.is_available() and SAME_BITS}
 
 
-def tracker(runs, model, roles, initial, splits, config, tracked):
+def tracker(runs, model, roles, initial, splits, config, tracked, alignment=False):
     """measure(step, alive, weights): appends to `tracked` what metrics.py says of every replica after
     `step` updates.
 
     One dict per run, step and module: id, step, module, layer (from 0, in the model's order), role, the
-    norms of the refined coordinate check, alignments, layer statistics and gradient norm; and one for the
-    logits, module "": loss, rms, change (rms), margin, chi, and after the last step the softmax outputs.
-    All on the first batch_size validation samples, the same for every run; null where a value is undefined
-    or not finite.
+    norms of the refined coordinate check, layer statistics, gradient norm, alignments if asked for; and one
+    for the logits, module "": loss, rms, change (rms), margin, chi, and after the last step the softmax
+    outputs. All on the first batch_size validation samples, the same for every run; null where a value is
+    undefined or not finite.
     """
     names = [name for name, _ in model.named_parameters()]
     x, y = splits.x_val[:config["batch_size"]], splits.y_val[:config["batch_size"]]
@@ -511,8 +512,9 @@ def tracker(runs, model, roles, initial, splits, config, tracked):
             key, reference = {"id": ids[r], "step": step}, references[r]
             layers = metrics.updates(load(weights, position), reference, x)
             per_module = [metrics.refined_coordinate_check(module, reference, x, layers),
-                          metrics.alignment(module, reference, x, layers, reference_norms[r]),
                           metrics.layer_statistics(module, reference, x, layers)]
+            if alignment:
+                per_module.append(metrics.alignment(module, reference, x, layers, reference_norms[r]))
             with torch.enable_grad():
                 logits = module(x)
                 whole = mean_loss(logits, y)
@@ -633,8 +635,9 @@ def add_flags(parser, several=(), without=(), defaults=()):
                                nargs="+" if name in several else None, help=words)
     group = parser.add_argument_group("measurements and machine")
     add = group.add_argument
-    add("--track", type=int, default=0, metavar="N", help="measure every module in the first 20 steps, then every "
-        "N-th, into track*.jsonl of --out; 0 is never (default 0)")
+    add("--track", type=int, default=0, metavar="N", help="measure every module in the first 20 steps, then "
+        "every N-th, into track*.jsonl of --out; 0 is never (default 0)")
+    add("--alignment", action="store_true", help="with --track: operator-norm alignments too, at twice its cost")
     add("--data-dir", metavar="DIR", help="folder of the data files (default $DATA_DIR, ./data)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; under torchrun each rank takes its own "
         "(default auto)")
@@ -722,7 +725,7 @@ def main():
             print(f"\rstep {step}/{config['steps']}", end="", file=sys.stderr, flush=True)
 
     try:
-        row, = train([config], splits, device, None, progress, args.track, tracked,
+        row, = train([config], splits, device, None, progress, args.track, tracked, args.alignment,
                      checkpoint if every else None, every)
     except KeyboardInterrupt:
         kept = f"goes on from {checkpoint}" if every and checkpoint.exists() else \

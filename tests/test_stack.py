@@ -147,7 +147,7 @@ def test_of_two_classes_the_best_constant_predictor_is_the_lowest_of_a_fine_grid
 
 
 def test_a_class_that_never_occurs_costs_no_cross_entropy():
-    two, three = (LOSSES["ce"].constant(torch.tensor(p).double()) for p in ([0.7, 0.3], [0.7, 0.3, 0.0]))
+    two, three = (LOSSES["ce"].constant(torch.tensor(p)) for p in ([0.7, 0.3], [0.7, 0.3, 0.0]))
     assert two == three
 
 
@@ -233,7 +233,6 @@ def test_a_stack_of_any_module_trains_as_torch_optim_trains_each_alone(name, sha
         for stacked, weights in zip(runs["weights"], model.parameters()):
             assert torch.allclose(stacked[r], weights, rtol=1e-10, atol=1e-12)
         assert torch.allclose(logits[r], model(x[0, r]), rtol=1e-10, atol=1e-12)
-    assert len({tuple(step) for step in losses}) == 5 and max(losses[0]) > max(losses[-1]) - 1
 
 
 def test_every_tensor_has_its_own_lr_decay_and_eps_in_every_replica():
@@ -352,6 +351,27 @@ def test_a_single_replica_leaves_the_model_as_it_was_found():
     assert not torch.allclose(logits[0], model(x[0]))
 
 
+class Tied(Bare):
+    def __init__(self):
+        super().__init__()
+        self.layers[2].weight = nn.Parameter(torch.randn(8, 8))
+        self.layers.insert(4, nn.Linear(8, 8, bias=False))
+        self.layers[4].weight = self.layers[2].weight
+
+
+def test_a_weight_that_two_layers_share_is_one_weight_also_for_a_single_replica():
+    model, = nets(1, Tied)
+    x, y, rule = normal(5, 1, 16, 6), labels(3, 5, 1, 16), Rule("sgd")
+    for alone in (True, False):
+        own = copy.deepcopy(model)
+        network = module_network(model, LOSSES["ce"].function, alone)
+        runs = make(model, weights_of([model]), 0.1, dtype=torch.float64)
+        assert len(runs["weights"]) == 3
+        losses = [advance(runs, x[step], y[step], network, rule, step)[0].item() for step in range(5)]
+        solver = torch.optim.SGD(own.parameters(), 0.1)
+        assert losses == pytest.approx(run_alone(own, solver, F.cross_entropy, zip(x[:, 0], y[:, 0])), rel=1e-12)
+
+
 def test_losses_are_never_taken_in_bfloat16():
     model, = nets(1)
     weights, x = [w[None].bfloat16() for w in model.parameters()], normal(1, 4, 6).bfloat16()
@@ -371,8 +391,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(name, written):
                         for runs, parts in zip(made, (1, 4)))
         for a, b in zip(whole, parts):
             assert torch.allclose(a, b, rtol=1e-12)
-        hits = (network.forward(made[0]["weights"], x[step]).argmax(-1) == y[step]).double().mean(1)
-        assert step == 0 or whole[1].shape == hits.shape == (2,)
     for a, b in zip(made[0]["weights"], made[1]["weights"]):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
@@ -384,8 +402,7 @@ def test_accuracy_is_the_share_of_right_answers_before_the_step():
     right = (model(x[0]).argmax(-1) == y[0]).double().mean().item()
     _, accuracy = advance(runs, x, y, mlp_network(stack.ce), Rule("sgd"), accuracy=True)
     assert accuracy.item() == right and 0 < right < 1
-    assert (model(x[0]).argmax(-1) == y[0]).double().mean() != advance(
-        runs, x, y, mlp_network(stack.ce), Rule("sgd"), accuracy=True)[1]
+    assert advance(runs, x, y, mlp_network(stack.ce), Rule("sgd"), accuracy=True)[1].item() != right
 
 
 def test_processes_average_gradients_and_means_before_the_update():

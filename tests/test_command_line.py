@@ -1,0 +1,454 @@
+"""Bad input of every script ends with one line that names the value and the remedy, and exit code 2; bugs do not."""
+import contextlib
+import functools
+import io
+import re
+import runpy
+import struct
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import train            # before torch: it fixes how MKL sums
+import numpy as np
+import pytest
+import torch
+
+import analyze
+import data
+import linear_net
+import param
+import sweep
+
+HERE = Path(train.__file__).parent
+MAIN = {
+    "sweep.py": functools.partial(train.command_line, sweep.main),
+    "train.py": functools.partial(train.command_line, train.main),
+    "analyze.py": functools.partial(train.command_line, analyze.main),
+    "linear_net.py": linear_net.main,
+    "plots.py": functools.partial(runpy.run_path, str(HERE / "plots.py"), run_name="__main__"),
+}
+SWEEP = ["--widths", "8", "16", "--base-width", "8", "--hidden-layers", "2", "--steps", "8", "--train-size", "300",
+         "--val-size", "50", "--batch-size", "8", "--seeds", "1", "--lrs", "0.1", "0.2", "0.4", "--loss", "ce", "--no-plots"]
+torch.set_num_threads(1)
+
+
+def run_script(script, *flags):
+    """The script in this process, as its command line would call it: returncode, stdout, stderr."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [script, *map(str, flags)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            MAIN[script]()
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = argv
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def refused(words, script, *flags):
+    done = run_script(script, *flags)
+    assert done.returncode == 2 and re.search(words, done.stderr), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.endswith("\n") and not done.stdout
+    return done.stderr
+
+
+# ---- flags ----
+
+BAD_FLAGS = {"sweep.py": [
+    ("--preset headlin", "choose from headline"),
+    ("--widths", "--widths: expected at least one"),
+    ("--widths 0", "width is 0"),
+    ("--widths 8 -8", "width is -8"),
+    ("--widths 64.5", "invalid int"),
+    ("--widths nan", "--widths: invalid int"),
+    ("--widths 64,128", "invalid int value: '64,128'; separate values by spaces"),
+    ("--widths 99999999999999999999", "width is 99999999999999999999"),
+    ("--widths 2000000000", "out of memory; use a smaller width"),
+    ("--width 64", "unrecognized arguments: --width.*did you mean --widths"),
+    ("--wdiths 8", "unrecognized arguments: --wdiths.*did you mean --widths"),
+    ("--base-width 0", "base_width is 0"),
+    ("--lrs -0.1", "lr is -0.1"),
+    ("--lrs 0", r"lr is 0.0; it must be a positive number"),
+    ("--lrs nan", "lr is nan"),
+    ("--lrs inf", "lr is inf"),
+    ("--lrs tenth", "--lrs: invalid float"),
+    ("--lrs 0.1,0.2", "invalid float value: '0.1,0.2'; separate values by spaces"),
+    ("--lrs 0.1 --lr-range 0.1 1", "give one of them"),
+    ("--lr 0.1", "unrecognized arguments: --lr .*did you mean --lrs"),
+    ("--lr-range 1 0.1", "lower one first"),
+    ("--lr-range nan 1", r"lr-range is \[nan, 1.0\]"),
+    ("--lr-range 0 1", "two positive numbers"),
+    ("--lr-range 1", "--lr-range: expected 2"),
+    ("--lr-step 1", "lr-step is 1.0"),
+    ("--lr-step 1.0000000000000002", "from 1.01 to 1000"),
+    ("--lr-step nan", "lr-step is nan"),
+    ("--lr-step inf", "lr-step is inf"),
+    ("--seeds 0", "seeds is 0"),
+    ("--seeds -1", "seeds is -1"),
+    ("--seeds two", "--seeds: invalid int"),
+    ("--loss hinge2", "loss is 'hinge2'; it must be one of ce, mse, brier, huber, hinge, squared_hinge"),
+    ("--loss ce hinge2", "loss is 'hinge2'"),
+    ("--huber-delta 0", "huber_delta is 0.0; it must be a positive number"),
+    ("--huber-delta -1", "huber_delta is -1.0"),
+    ("--param muP", "one of sp, ntp, mup"),
+    ("--optimizer lion", "one of sgd, adam"),
+    ("--model resnet", "one of mlp, gpt"),
+    ("--trainable nothing", "one of all, readout"),
+    ("--activation gelu", "activation is 'gelu'"),
+    ("--dtype float16", "one of float32"),
+    ("--decay linear", "one of none, cosine"),
+    ("--hidden-layers 0", "hidden_layers is 0"),
+    ("--alpha 5000", "a number from -10 to 10"),
+    ("--alpha nan", "alpha is nan"),
+    ("--search random", "coarse-to-fine"),
+    ("--stable-if accuracy=high", "must be a number"),
+    ("--stable-if chance=nan", "must be a number"),
+    ("--stable-if finite", "choose from chance"),
+    ("--stack -3", "stack is '-3'"),
+    ("--stack 0", "stack is '0'; it must be auto or a whole number"),
+    ("--stack ²", "stack is '²'; it must be auto or a whole number"),
+    ("--scale gpu", "choose from '?cpu'?, '?paper'?"),
+    ("--device tpu", "choose auto, cpu, cuda"),
+    ("--device cpu:", "choose auto, cpu, cuda"),
+    ("--device cuda:x", "choose auto, cpu, cuda"),
+    ("--data imagenet", "one of multi_index, mnist"),
+    ("--data=", "data is ''"),
+    ("--track -1", "track is -1"),
+    ("--track often", "--track: invalid int"),
+    ("--out /dev/null/x", "/dev/null"),
+    ("--model gpt --widths 32 48", "width is 48; for model gpt it must be a multiple of head_dim = 32"),
+    ("--model gpt --base-width 40", "base_width is 40; for model gpt it must be a multiple"),
+    ("--model gpt --head-dim 12 --widths 24 --base-width 24 --val-size 1", "choose 8, 16, 32"),
+    ("--model gpt --data mnist", "a file or folder of text"),
+    ("--model gpt --data nowhere.txt", "no file or folder; choose stdlib"),
+], "train.py": [
+    ("--width -4", "width is -4"),
+    ("--widths 8", "unrecognized arguments: --widths.*did you mean --width"),
+    ("--steps 0", "steps is 0"),
+    ("--steps 1e3", "--steps: invalid int"),
+    ("--steps 2000000000 --batch-size 20000", "out of memory; use a smaller width, batch size, number of steps"),
+    ("--warmup 300", "warmup is 300; it must be at most steps = 100"),
+    ("--warmup -1", "warmup is -1"),
+    ("--batch-size 30000", "batch_size is 30000"),
+    ("--batch-size 0", "batch_size is 0"),
+    ("--batch-size 64 --accumulate 3", "a multiple of accumulate = 3"),
+    ("--accumulate 0", "accumulate is 0"),
+    ("--lr 0", "lr is 0.0"),
+    ("--loss hinge2", "loss is 'hinge2'; it must be one of ce, mse"),
+    ("--huber-delta 0", "huber_delta is 0.0; it must be a positive number"),
+    ("--momentum 1", "momentum is 1.0"),
+    ("--beta1 1", "beta1 is 1.0"),
+    ("--beta2 -1", "beta2 is -1.0"),
+    ("--eps 0", "eps is 0.0"),
+    ("--weight-decay -0.1", "weight_decay is -0.1"),
+    ("--clip nan", "clip is nan"),
+    ("--readout-scale -1", "readout_scale is -1.0"),
+    ("--train-size 0", "train_size is 0"),
+    ("--val-size 0", "val_size is 0"),
+    ("--seed x", "invalid int"),
+    ("--seed -1", "seed is -1"),
+    ("--seed 9223372036854775807", "seed is 9223372036854775807"),
+    ("--data-seed -1", "data_seed is -1"),
+    ("--device gpu", "choose auto, cpu, cuda"),
+    ("--device cuda:99", "not there"),
+    ("--track 5", "--out DIR"),
+    ("--checkpoint 5", "--out DIR"),
+    ("--checkpoint -1", "checkpoint is -1"),
+    ("--out /dev/null/x", "cannot be made a folder"),
+    ("--out /proc/x", "cannot be made a folder"),
+    ("--model gpt --context 0", "context is 0"),
+    ("--model gpt --layers 0", "layers is 0"),
+    ("--model gpt --head-dim 0", "head_dim is 0"),
+    ("--model gpt --context 99999999", "context 99999999 needs more"),
+    ("--model gpt --vocab-size 100", "outside the vocabulary of 100"),
+    ("--model gpt --vocab-size -1", "vocab_size is -1"),
+], "analyze.py": [
+    ("", "arguments are required: OUT"),
+    ("/nonexistent", "/nonexistent holds no runs.*jsonl with rows; name the --out of a sweep"),
+    ("/nonexistent --stable", "unrecognized arguments: --stable"),
+], "plots.py": [
+    ("", "usage: python plots.py"),
+    ("/nonexistent", "python sweep.py"),
+], "linear_net.py": [
+    ("--widths 0", "--widths 0: choose from 1 to"),
+    ("--steps 0", "--steps 0"),
+    ("--label-noise nan", "--label-noise nan"),
+    ("--width 64", "unrecognized arguments: --width"),
+]}
+
+
+@pytest.mark.parametrize("script, flags, words", [
+    (script, flags, words) for script, rows in BAD_FLAGS.items() for flags, words in rows])
+def test_bad_input_ends_with_one_line_and_exit_code_2(script, flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(words, script, *flags.split())
+    assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("sweep.py", "--lr-step nan"), ("train.py", "--lr nan"), ("analyze.py", "nowhere"), ("plots.py", "--figure nan"),
+    ("linear_net.py", "--widths nan")])
+def test_scripts_end_the_same_way_from_a_shell(script, flags, tmp_path):
+    call = [sys.executable, HERE / script, *flags.split()]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout, done.stderr
+    assert done.stderr.startswith(f"{script}: ") and not list(tmp_path.iterdir())
+
+
+def test_a_head_that_does_not_divide_the_default_width_is_no_error():
+    flags = "--model gpt --head-dim 24 --widths 48 96 --base-width 48"
+    args, given, curves = sweep.parse(flags.split())
+    assert args["widths"] == [48, 96] and len(curves) == 1
+    assert sweep.runs_of(given, curves[0], 96, 0.1, 1)[0]["width"] == 96
+
+
+# ---- what a user can mend, and what is a bug ----
+
+@pytest.mark.parametrize("error, code, words", [
+    (data.InputError("lr is\n nan"), 2, "script.py: lr is nan\n"),
+    (OSError(28, "No space left"), 2, "script.py: .*No space left\n"),
+    (MemoryError(), 2, "script.py: out of memory; use a smaller width"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 2, "script.py: out of memory"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "script.py: out of memory"),
+    (KeyboardInterrupt(), 130, "\ninterrupted; the same command goes on\n"),
+    (KeyboardInterrupt("kept"), 130, "\nkept\n"),
+    (ValueError("a bug"), None, ""),
+    (RuntimeError("shapes differ"), None, ""),
+    (KeyError("width"), None, ""),
+])
+def test_what_a_user_can_mend_ends_in_one_line_and_a_bug_keeps_its_traceback(error, code, words, monkeypatch, capsys):
+    def failing():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/script.py"])
+    with pytest.raises(SystemExit if code else type(error)) as end:
+        train.command_line(failing)
+    err = capsys.readouterr().err
+    assert end.value.code == code if code else not err
+    assert re.fullmatch(words + (".*\n" if words and not words.endswith("\n") else ""), err)
+
+
+def test_train_and_data_mean_the_same_input_error():
+    assert train.InputError is sweep.InputError is analyze.InputError is data.InputError
+    assert issubclass(data.InputError, ValueError)
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), TypeError("another")])
+@pytest.mark.parametrize("script, module, function", [
+    ("train.py", data, "load"), ("sweep.py", data, "load"), ("analyze.py", param, "max_stable_alpha")])
+def test_a_bug_inside_a_script_keeps_its_traceback(script, module, function, error, swept, tmp_path, monkeypatch):
+    def failing(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(module, function, failing)
+    flags = {"train.py": [], "sweep.py": [*SWEEP, "--out", tmp_path], "analyze.py": [swept]}[script]
+    before = contents(swept)
+    with pytest.raises(type(error), match=str(error)):
+        run_script(script, *flags)
+    assert contents(swept) == before
+
+
+# ---- files ----
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The result folder of a finished sweep."""
+    out = tmp_path_factory.mktemp("sweep")
+    assert run_script("sweep.py", *SWEEP, "--out", out).returncode == 0
+    return out
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_a_contradicting_or_damaged_result_folder_is_refused(swept, tmp_path):
+    refused("steps = 8, not 21", "sweep.py", *SWEEP, "--steps", "21", "--out", swept)
+    (tmp_path / "runs.jsonl").write_text("{}\n")
+    refused("runs.jsonl:1", "sweep.py", *SWEEP, "--out", tmp_path)
+
+
+def test_a_sweep_that_ended_before_its_first_row_leaves_a_folder_that_contradicts_nothing(tmp_path):
+    flags = [*SWEEP, "--out", tmp_path]
+    done = run_script("sweep.py", *flags, "--batch-size", "301")
+    assert done.returncode == 2 and done.stderr.count("at most the 300 training samples") == 1
+    assert run_script("sweep.py", *flags).returncode == 0
+
+
+def edit(file, change):
+    """A function of a folder that changes the bytes of a file in it; without a change, it removes the file."""
+    def spoil(folder):
+        path = folder / file
+        path.write_bytes(change(path.read_bytes())) if change else path.unlink()
+    return spoil
+
+
+def half(content):
+    return content[:len(content) // 2]
+
+
+def as_folder(file):
+    def spoil(folder):
+        (folder / file).unlink()
+        (folder / file).mkdir()
+    return spoil
+
+
+def write(file, content):
+    return lambda folder: (folder / file).write_bytes(content)
+
+
+def both(*spoils):
+    return lambda folder: [spoil(folder) for spoil in spoils]
+
+
+def nothing(folder):
+    pass
+
+
+def mnist(spoil):
+    """Thirty black images each to train on and to validate on, spoiled."""
+    def prepare(folder, _):
+        for name in ("train", "t10k"):
+            images = struct.pack(">4I", 0x803, 30, 28, 28) + bytes(30 * 784)
+            (folder / f"{name}-images-idx3-ubyte").write_bytes(images)
+            (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 30) + bytes(range(10)) * 3)
+        spoil(folder)
+        return "train.py", ["--data", "mnist", "--data-dir", folder]
+    return prepare
+
+
+def cifar(spoil):
+    def prepare(folder, _):
+        for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
+            (folder / name).write_bytes(bytes([3, *bytes(3072)]) * 3)
+        spoil(folder)
+        return "sweep.py", ["--data", "cifar10", "--data-dir", folder, "--out", folder]
+    return prepare
+
+
+def text(spoil, file="", *flags):
+    def prepare(folder, _):
+        spoil(folder)
+        return "train.py", ["--model", "gpt", "--context", 32, "--data", folder / file, *flags]
+    return prepare
+
+
+def shards(train_tokens, val="a_val.bin"):
+    header = np.array([20240520, 1, 100] + [0] * 253, "<i4").tobytes()
+    whole = header + np.arange(100, dtype="<u2").tobytes()
+    return both(write("a_train.bin", train_tokens(whole)), write(val, whole))
+
+
+def folder_of(script, spoil, *flags):
+    """A finished sweep, spoiled."""
+    def prepare(folder, out):
+        for name in ("config.json", "runs.jsonl", "summary.json"):
+            (folder / name).write_bytes((out / name).read_bytes())
+        spoil(folder)
+        return script, [*SWEEP, "--out", folder, *flags] if script == "sweep.py" else [folder, *flags]
+    return prepare
+
+
+swept_folder, drawn, analyzed = (functools.partial(folder_of, script) for script in ("sweep.py", "plots.py", "analyze.py"))
+
+
+def checkpoint(spoil):
+    """A run of which only a spoiled checkpoint is left."""
+    def prepare(folder, _):
+        config = train.configure({"width": 8, "steps": 4, "train_size": 100})
+        path = folder / f"checkpoint-{train.run_id(config)}.pt"
+        train.train([config], checkpoint=path, every=2)
+        spoil(path)
+        return "train.py", ["--width", 8, "--steps", 4, "--train-size", 100, "--out", folder, "--checkpoint", 2]
+    return prepare
+
+
+def rewrite(change):
+    return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+def save(change):
+    return lambda path: torch.save(change(torch.load(path, weights_only=True)), path)
+
+
+def without(key):
+    return save(lambda state: {name: value for name, value in state.items() if name != key})
+
+
+class Boom:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+SUMMARY, RUNS = "summary.json", "runs.jsonl"
+DAMAGED_FILES = {
+    "idx truncated": (mnist(edit("train-images-idx3-ubyte", half)), "where its header says"),
+    "idx missing": (mnist(edit("t10k-labels-idx1-ubyte", None)), "put train-images"),
+    "idx is a folder": (mnist(as_folder("train-images-idx3-ubyte")), "directory"),
+    "cifar truncated": (cifar(edit("data_batch_5.bin", half)), "no multiple of 3073"),
+    "cifar missing": (cifar(edit("test_batch.bin", None)), "put data_batch_1.bin"),
+    "text too short": (text(write("a", b"abc" * 11), "a"), "30 tokens to train on; context 32 needs more"),
+    "text folder empty": (text(nothing), "0 tokens to train on"),
+    "text vocabulary": (text(write("a", b"abc" * 1000), "a", "--vocab-size", 99), "outside the vocabulary of 99"),
+    "bin odd": (text(write("a.bin", bytes(1001)), "a.bin"), "has an even number"),
+    "shard truncated": (text(shards(half)), "count bytes"),
+    "shards without validation": (text(shards(lambda whole: whole, "b.bin")), "with val in their names"),
+
+    "out is a file": (swept_folder(nothing, "--out", __file__), "cannot be made a folder"),
+    "config damaged": (swept_folder(edit("config.json", half)), "config.json is damaged"),
+    "config no table": (swept_folder(write("config.json", b"[1, 2]")), "config.json is damaged"),
+    "config contradicts": (swept_folder(nothing, "--batch-size", 9), "batch_size = 8, not 9"),
+    "rows garbled": (swept_folder(edit(RUNS, lambda rows: b"garbage\n" + rows)), "runs.jsonl:1"),
+    "rows are a folder": (swept_folder(as_folder(RUNS)), "directory"),
+    "tracks garbled": (swept_folder(both(write("track.jsonl", b"{}\n"), edit("config.json", None)), "--track", 5),
+                       "track.jsonl:1"),
+
+    "analyze: rows garbled": (analyzed(edit(RUNS, lambda rows: b"garbage\n" + rows)), "runs.jsonl:1"),
+    "analyze: tracks garbled": (analyzed(write("track.jsonl", b"{}\n")), "track.jsonl:1"),
+    "analyze: no rows": (analyzed(write(RUNS, b"")), "holds no runs"),
+    "analyze: criterion": (analyzed(nothing, "--stable-if", "finite"), "choose from chance"),
+    "analyze: summary truncated": (analyzed(edit(SUMMARY, half)), "summary.json is damaged"),
+    "analyze: summary null": (analyzed(write(SUMMARY, b"null")), "summary.json is damaged"),
+
+    "no summary": (drawn(edit(SUMMARY, None)), "python sweep.py"),
+    "summary truncated": (drawn(edit(SUMMARY, half)), "summary.json is damaged"),
+    "summary null": (drawn(write(SUMMARY, b"null")), "summary.json is damaged"),
+    "summary without rows": (drawn(write(SUMMARY, b"{}")), "summary.json is damaged"),
+    "summary of odd rows": (drawn(write(SUMMARY, b'{"rows": [1]}')), "summary.json is damaged"),
+    "figure unknown": (drawn(nothing, "lr_transfr"), "unknown figure 'lr_transfr'; choose from lr_transfer"),
+    "figure not measured": (drawn(nothing, "alignment"), "'alignment' cannot be drawn"),
+    "figures is a file": (drawn(write("figures", b"")), "figures"),
+
+    "checkpoint empty": (checkpoint(rewrite(lambda _: b"")), "is damaged; remove it to begin that run anew"),
+    "checkpoint cut": (checkpoint(rewrite(half)), "is damaged"),
+    "checkpoint of garbage": (checkpoint(rewrite(lambda _: b"garbage" * 99)), "is damaged"),
+    "checkpoint of code": (checkpoint(save(lambda _: Boom())), "is damaged"),
+    "checkpoint of another kind": (checkpoint(save(lambda _: torch.ones(3))), "is damaged"),
+    "checkpoint of a part": (checkpoint(without("losses")), "is damaged"),
+    "checkpoint without its stack": (checkpoint(without("stack")), "is damaged"),
+    "checkpoint of another run": (checkpoint(save(lambda state: {**state, "ids": ["0" * 16]})), "belongs to another run"),
+    "checkpoint of another track": (checkpoint(save(lambda state: {**state, "track": 5})), "begun with --track 5, not 0"),
+    "checkpoint is a folder": (checkpoint(lambda path: [path.unlink(), path.mkdir()]), "directory"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_FILES)
+def test_damaged_files_end_with_one_line_and_exit_code_2(name, swept, tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("offline")
+
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    prepare, words = DAMAGED_FILES[name]
+    script, flags = prepare(tmp_path, swept)
+    before = contents(tmp_path)
+    refused(words, script, *flags)
+    after = contents(tmp_path)
+    assert all(after[path] == content for path, content in before.items())
+    left = {path.name: after[path] for path in after.keys() - before.keys()}        # a sweep's settings, and no row
+    assert left.keys() <= {"config.json", RUNS} and not left.get(RUNS)
