@@ -431,13 +431,15 @@ def predicted_updates(curve, shared, step, roles):
     told = {name: curve[name] for name in ("optimizer", "loss", "alpha")}
     predicted = param.predict(curve["param"], **told, hidden_layers=depth(shared),
                               trainable=shared["trainable"], step=step)
-    change = max(predicted.effective[-1], predicted.propagating[-1])        # the logits, less their initial value
+    change = max(predicted.effective[-1], predicted.propagating[-1])        # of the logits
     names = [name for name in roles if name]
     logits = ("logits", len(names), "", "change", change)
     if shared["model"] == "mlp":
         entries = [("effective", i, names[i], "effective", e) for i, e in enumerate(predicted.effective)]
-        entries += [("propagating", i, names[i], "propagating", e) for i, e in enumerate(predicted.propagating, 1)]
-        entries += [("features", i, names[i + 1], "input_change", e) for i, e in enumerate(predicted.features)]
+        for i, exponent in enumerate(predicted.propagating, 1):
+            entries.append(("propagating", i, names[i], "propagating", exponent))
+        for i, exponent in enumerate(predicted.features):
+            entries.append(("features", i, names[i + 1], "input_change", exponent))
         return [*entries, logits], predicted
     c = {role: pair[1] for role, pair in param.exponents(curve["param"], curve["optimizer"]).items()}
     of_input, of_hidden, *_, of_output = predicted.effective
@@ -580,7 +582,10 @@ def main():
     if not rows:
         raise InputError(f"{args.out} holds no runs*.jsonl with rows; name the --out of a sweep")
     summary = args.out / "summary.json"
-    before = json.loads(summary.read_text()) if summary.exists() else {}
+    try:
+        before = dict(json.loads(summary.read_text())) if summary.exists() else {}
+    except (ValueError, TypeError):
+        raise InputError(f"{summary} is damaged; remove it: the rows are enough to write it again") from None
     stable_if = args.stable_if or before.get("stable_if", "chance")
     criterion_of(stable_if)
     tracks = read_rows(args.out, "track*.jsonl", mend=False)

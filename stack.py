@@ -179,7 +179,7 @@ def drop_(stack, stays):
 # ---- networks: how a stack's logits and gradients are computed ----
 
 # forward(weights, x) -> logits (R, B, ..., C)
-# gradients(weights, x, y, out) -> gradients [(R, *shape)] of each replica's mean loss, loss per sample, logits
+# gradients(weights, x, y, out) -> gradients [(R, *shape)] of the mean loss, loss per sample (R, B, ...), logits
 #     (out: a list to keep the gradients in, so that the next step finds their memory)
 # descend(weights, x, y, lr) -> loss, logits: gradients and the update of plain SGD in one, or None
 Network = namedtuple("Network", "forward gradients descend", defaults=(None,))
@@ -189,7 +189,7 @@ def module_network(model, loss, alone=False):
     """Any module: autograd through vmap. alone: a single replica runs without vmap, which keeps fast
     attention."""
     names = [name for name, _ in model.named_parameters()]
-    slots = [(i, module._parameters, key) for i, w in enumerate(model.parameters())     # tied weights have several
+    slots = [(i, module._parameters, key) for i, w in enumerate(model.parameters())     # several where tied
              for module in model.modules() for key, p in module._parameters.items() if p is w]
 
     def single(weights, x):         # functional_call costs a tenth of a small model's step

@@ -65,7 +65,8 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
         "CE against MSE on Fashion-MNIST (paper: MNIST), 8-layer MLP (Fig. 1)",
         dict(data="fashion_mnist", hidden_layers=7, steps=300, widths=[128, 256, 512, 1024, 2048], seeds=2,
              lr_range=[2 ** -9, 1.0], stable_if="accuracy"),
-        dict(data="mnist", steps=937, widths=[*PAPER_WIDTHS, 8192, 16384], seeds=4, lr_range=[2 ** -12, 4.0])),
+        dict(data="mnist", steps=937, widths=[*PAPER_WIDTHS, 8192, 16384], seeds=4,
+             lr_range=[2 ** -12, 4.0])),
     "lr_transfer": (
         "loss against LR in four parameterizations, full grid (Fig. 5)",
         dict(param=["sp", "ntp", "mup", "sp_full_align"], loss=["ce"], widths=WIDTHS[:4], search="grid",
@@ -75,7 +76,8 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
     "losses": (
         "best accuracy of CE, MSE and Brier in three parameterizations (Fig. 7)",
         dict(data="fashion_mnist", loss=["ce", "mse", "brier"], param=["sp", "mup", "sp_full_align"],
-             widths=[64, 256, 1024], base_width=64, hidden_layers=3, steps=600, seeds=2, stable_if="accuracy"),
+             widths=[64, 256, 1024], base_width=64, hidden_layers=3, steps=600, seeds=2,
+             stable_if="accuracy"),
         dict(hidden_layers=7, widths=[*PAPER_WIDTHS, 8192], base_width=256, steps=937, seeds=4)),
     "regimes": (
         "exponents of updates against α (Propositions 1 and 2)",
@@ -92,7 +94,8 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
         dict(data="mnist", widths=PAPER_WIDTHS, hidden_layers=7, steps=937, seeds=4, track=50)),
     "limit": (
         "distance to the widest network, and the features' change (Proposition 2)",
-        dict(alpha=[0.5, 1.0], loss=["ce"], widths=WIDTHS[1:], hidden_layers=3, lrs=[0.1], steps=100, track=10),
+        dict(alpha=[0.5, 1.0], loss=["ce"], widths=WIDTHS[1:], hidden_layers=3, lrs=[0.1], steps=100,
+             track=10),
         dict(widths=[*PAPER_WIDTHS, 8192], hidden_layers=7, steps=937, seeds=4, track=50)),
     "gpt": (
         "a GPT under SGD and Adam, with and without norm gains (Fig. 6)",
@@ -589,10 +592,6 @@ def main():
         splits = data.load(first, args["data_dir"], device)
         given["vocab_size"] = splits.classes
     team = Team()
-    if team.rank == 0:
-        print(f"{args['preset']}: {first['model']} on {first['data']}, {len(curves)} curves, widths "
-              f"{' '.join(map(str, args['widths']))}, {args['seeds']} seeds, {first['steps']} steps, "
-              f"{args['search']} over LRs, into {out}", file=sys.stderr)
     if args["dry_run"]:
         return dry_run(args, given, curves, device)
     with open_folder(out, team.rank):
@@ -600,6 +599,9 @@ def main():
         tracks = read_rows(out, "track*.jsonl") if args["track"] and team.rank == 0 else {}
         if team.rank == 0:
             check_folder(out, rows, given, args["track"])
+            print(f"{args['preset']}: {first['model']} on {first['data']}, {len(curves)} curves, widths "
+                  f"{' '.join(map(str, args['widths']))}, {args['seeds']} seeds, {first['steps']} steps, "
+                  f"{args['search']} over LRs, into {out}", file=sys.stderr)
         if rows:
             print(f"{out}: {len(rows)} runs found, going on", file=sys.stderr)
         team.exchange(out, rows)

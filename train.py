@@ -243,14 +243,16 @@ def stack_of(runs, model, base, roles, device, dtype):
     return stack.make(model, initial(), lr, weight_decay, eps, moments, device, dtype)
 
 
-def data_order(seeds, samples, config, device):
-    """Sample indices (seeds, steps, B), drawn from each seed alone: every width and LR sees the same
-    batches."""
+def data_order(runs, samples, config, device):
+    """(sample indices (seeds, steps, B), the row of each run in them (R,)), drawn from each seed alone:
+    every width and LR sees the same batches."""
     def draw(seed):
         generator = torch.Generator().manual_seed(seed + 1)     # apart from the initialization's
         return torch.randint(samples, (config["steps"], config["batch_size"]), generator=generator)
 
-    return torch.stack([draw(seed) for seed in seeds]).to(device)
+    seeds = sorted({run["seed"] for run in runs})
+    rows = torch.tensor([seeds.index(run["seed"]) for run in runs], device=device)
+    return torch.stack([draw(seed) for seed in seeds]).to(device), rows
 
 
 def schedule(step, config):
@@ -294,6 +296,8 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
     runs, config, splits = prepare(runs, splits, device, data_dir, ranks)
     model, base, roles = build(config)
     network, rule = network_of(config, model), rule_of(config)
+    order_device = "cpu" if splits.y is None else splits.x.device       # text is read on the CPU
+    order, row_of = data_order(runs, splits.samples, config, order_device)
     replicas = begin(runs, stack_of(runs, model, base, roles, device, weight_dtype(config)), device)
     if track:
         initial = replicas["stack"]["weights"]
@@ -302,18 +306,13 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
         replicas = load_checkpoint(checkpoint, replicas["ids"], track, device)
         if track:
             tracked[:] = replicas["tracked"]
-    seeds = sorted({run["seed"] for run in runs})
-    order_device = "cpu" if splits.y is None else splits.x.device       # text is read on the CPU
-    order = data_order(seeds, splits.samples, config, order_device)     # (seeds, steps, B)
-    order = order[..., rank::ranks]
-    seed_of = torch.tensor([seeds.index(run["seed"]) for run in runs], device=order_device)
-    order_of = seed_of[replicas["alive"].to(order_device)]
+    order, alive = order[..., rank::ranks], row_of[replicas["alive"].to(order_device)]
     check_every = 5 if torch.device(device).type == "cpu" else 25       # a check waits for the device
     steps, checked = config["steps"], replicas["done"]
 
     with torch.no_grad(), autocast(config, device):
         for step in range(checked, steps):
-            x, y = splits.batch(order[order_of, step])
+            x, y = splits.batch(order[alive, step])
             means = stack.advance(replicas["stack"], x, y, network, rule, step, schedule(step, config),
                                   parts=config["accumulate"], accuracy=step >= last_tenth(steps),
                                   average=average_ if ranks > 1 else None)
@@ -325,7 +324,7 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
                 measure(done, replicas["alive"], replicas["stack"]["weights"])
             if last or done % check_every == 0 or (every and done % every == 0):
                 let_go(replicas, checked, last)
-                order_of, checked = seed_of[replicas["alive"].to(order_device)], done
+                alive, checked = row_of[replicas["alive"].to(order_device)], done
                 if progress:
                     progress(done, len(replicas["alive"]))
                 if len(replicas["alive"]) == 0:
@@ -637,7 +636,7 @@ def add_flags(parser, several=(), without=(), defaults=()):
     add = group.add_argument
     add("--track", type=int, default=0, metavar="N", help="measure every module in the first 20 steps, then "
         "every N-th, into track*.jsonl of --out; 0 is never (default 0)")
-    add("--alignment", action="store_true", help="with --track: operator-norm alignments too, at twice its cost")
+    add("--alignment", action="store_true", help="with --track: operator-norm alignments too, which cost as much")
     add("--data-dir", metavar="DIR", help="folder of the data files (default $DATA_DIR, ./data)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; under torchrun each rank takes its own "
         "(default auto)")
@@ -674,7 +673,7 @@ def command_line(main):
               file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        print(f"\n{interrupt or 'interrupted; the same command goes on'}", file=sys.stderr)
+        print(f"\n{str(interrupt) or 'interrupted; the same command goes on'}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,6 +1,7 @@
 """param.py: the table against the base width, abc symmetry, muP written out and the package mup; roles,
 initial weights, groups and plan of models that nobody here wrote. The regimes are in test_regimes.py.
 """
+import ast
 import copy
 import importlib.util
 import math
@@ -520,18 +521,27 @@ def test_a_convolutional_net_with_batch_norm_trains_on_its_groups_compiled_or_no
     assert losses[0] == losses[1] and losses[0][2] < losses[0][0]
 
 
-def test_transposed_convolutions_have_their_fan_in_first():
-    def decoder(width, groups=1):
-        return nn.Sequential(nn.ConvTranspose2d(5, width, 3),
-                             nn.ConvTranspose2d(width, 2 * width, 3, groups=groups),
-                             nn.ConvTranspose2d(2 * width, 3, 3))
-    model = param.init_(decoder(64), decoder(16).to("meta"), "mup", seeded(0))
-    roles = list(param.infer_roles(model, decoder(16)).values())
+def convolutions(kind, width, groups=1):
+    return nn.Sequential(kind(5, width, 3), kind(width, 2 * width, 3, groups=groups), kind(2 * width, 3, 3))
+
+
+@pytest.mark.parametrize("kind, d", [
+    (nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 3),
+    (nn.ConvTranspose1d, 1), (nn.ConvTranspose2d, 2), (nn.ConvTranspose3d, 3)])
+def test_convolutions_have_their_fan_in_second_and_transposed_ones_first(kind, d):
+    model, base = convolutions(kind, 64), convolutions(kind, 16).to("meta")
+    param.init_(model, base, "mup", seeded(0))
+    roles = list(param.infer_roles(model, base).values())
     assert roles == ["input", "vector", "hidden", "vector", "output", "vector"]
-    for layer, std in zip(model, (math.sqrt(2 / 45), math.sqrt(2 / (64 * 9)), math.sqrt(2 / (32 * 9)) / 4)):
+    stds = math.sqrt(2 / (5 * 3 ** d)), math.sqrt(2 / (64 * 3 ** d)), math.sqrt(2 / (32 * 3 ** d)) / 4
+    for layer, std in zip(model, stds):
         assert layer.weight.std().item() == pytest.approx(std, rel=0.05)
-    with pytest.raises(ValueError, match=r"1.weight .* pass overrides"):     # depthwise, (width, 2, 3, 3)
-        param.infer_roles(decoder(64, groups=64), decoder(16, groups=16))
+
+
+def test_transposed_convolutions_in_groups_need_a_role():
+    deep, base = (convolutions(nn.ConvTranspose2d, n, groups=n) for n in (64, 16))
+    with pytest.raises(ValueError, match=r"1.weight .* pass overrides"):        # depthwise, (width, 2, 3, 3)
+        param.infer_roles(deep, base)
 
 
 class Attending(nn.Module):
@@ -582,6 +592,8 @@ def test_embeddings_are_tables_whose_padding_stays_zero_and_bare_parameters_need
     assert (model.tokens.weight[1:] != 0).all() and (model.bag.weight[:499] != 0).all()
     stds = [weight.std().item() for weight in model.parameters()]       # positions first
     assert stds == pytest.approx([0.02, math.sqrt(2), math.sqrt(2)], rel=0.03)
+    groups = param.param_groups(model, base, "mup", "sgd", 0.1, overrides={"positions": "input"})
+    assert [(group["role"], group["lr"]) for group in groups] == [("input", pytest.approx(0.4))]
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
@@ -620,8 +632,12 @@ def test_each_library_file_imports_alone_in_an_empty_folder(name, tmp_path, monk
     source = HERE / f"{name}.py"
     if not source.exists():
         pytest.skip(f"{name}.py is not there")
-    text = source.read_text()
-    imported = set(re.findall(r"^\s*(?:from|import) ([A-Za-z_]+)", text, re.MULTILINE))
+    imported = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.partition(".")[0])
     assert ALLOWED[name] & imported and imported <= ALLOWED[name] | sys.stdlib_module_names
     shutil.copy(source, tmp_path)
     ours = {path.stem for path in HERE.glob("*.py")} | {"torch", "numpy", "matplotlib"}

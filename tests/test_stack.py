@@ -1,6 +1,7 @@
-"""stack.py against torch, one run at a time: losses and their derivatives, constant predictors, optimizers, any module."""
+"""stack.py against torch, one run at a time: losses, constant predictors, optimizers, any module."""
 import copy
-import functools
+import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import param
 import stack
 from stack import LOSSES, Rule, advance, drop_, make, mlp_network, module_network
 
-torch.set_num_threads(1)        # the nets here are tiny; threads would only wait for each other
+CE, MSE, PLAIN = LOSSES["ce"].function, LOSSES["mse"].function, Rule("sgd")
 
 
 def seeded(seed):
@@ -22,8 +23,12 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
-def labels(classes, *shape, seed=0):
-    return torch.randint(classes, shape, generator=seeded(seed))
+def labels(*shape, classes=3):
+    return torch.randint(classes, shape, generator=seeded(0))
+
+
+def close(a, b, tolerance=1e-12):
+    return torch.allclose(a, b, rtol=tolerance, atol=1e-12)
 
 
 # ---- losses: logits z (N, C), targets y (N,) -> a number, or one per sample ----
@@ -48,8 +53,6 @@ def margin(z, y, reduction="mean", p=1, margin=1.0):
     return F.multi_margin_loss(z, y, p=p, margin=margin, reduction=reduction)
 
 
-squared_margin = functools.partial(margin, p=2)
-
 # name: (torch's, its likeliest confusions)
 TORCH = {
     "ce":            (F.cross_entropy, [{"reduction": "sum"}]),
@@ -57,16 +60,17 @@ TORCH = {
     "brier":         (squared_of_softmax, [{"reduction": "sum"}]),
     "huber":         (huber, [{"reduction": "sum"}, {"delta": 2.0}]),
     "hinge":         (margin, [{"reduction": "sum"}, {"margin": 2.0}, {"p": 2}]),
-    "squared_hinge": (squared_margin, [{"reduction": "sum"}, {"margin": 2.0}, {"p": 1}]),
+    "squared_hinge": (partial(margin, p=2), [{"reduction": "sum"}, {"margin": 2.0}, {"p": 1}]),
 }
-OPTIONS = [(name, {}) for name in TORCH] + [("huber", {"delta": delta}) for delta in (0.3, 10.0)]
+OPTIONS = [(name, {}) for name in TORCH]
+OPTIONS += [("huber", {"delta": 0.3}), ("huber", {"delta": 10.0})]
 
 
-def agree(chi, loss, logits, y):
-    """Is chi the derivative of each sample's loss, and no other number times it?"""
-    z = logits.clone().requires_grad_()
+def is_derivative(chi, loss, z, y):
+    """Is chi the derivative of each sample's loss, of which `loss` is the mean?"""
+    z = z.clone().requires_grad_()
     gradient, = torch.autograd.grad(loss(z, y) * len(y), z)
-    return torch.allclose(chi, gradient, rtol=1e-12, atol=1e-12)
+    return close(chi, gradient)
 
 
 def test_the_tables_of_losses_have_the_same_names():
@@ -75,47 +79,36 @@ def test_the_tables_of_losses_have_the_same_names():
 
 @pytest.mark.parametrize("name, options", OPTIONS, ids=str)
 def test_losses_and_derivatives_are_torchs_and_not_their_neighbours(name, options):
-    reference, others = TORCH[name]
-    logits, y = 2 * normal(2, 8, 4), labels(4, 2, 8)                # two replicas
+    reference, confusions = TORCH[name]
+    reference = partial(reference, **options)
+    logits, y = 2 * normal(2, 8, 4), labels(2, 8, classes=4)            # two replicas
     losses, chi = LOSSES[name].function(logits, y, **options)
     assert losses.shape == (2, 8) and chi.shape == (2, 8, 4)
     for r in range(2):
-        right = functools.partial(reference, **options)
-        assert losses[r].mean().item() == pytest.approx(right(logits[r], y[r]).item(), rel=1e-12)
-        assert agree(chi[r], right, logits[r], y[r])
-        for neighbour in others:
-            wrong = functools.partial(reference, **{**options, **neighbour})
-            assert abs(wrong(logits[r], y[r]).item() / losses[r].mean().item() - 1) > 0.01
-            assert not agree(chi[r], wrong, logits[r], y[r])
+        mean = losses[r].mean().item()
+        assert mean == pytest.approx(reference(logits[r], y[r]).item(), rel=1e-12)
+        assert is_derivative(chi[r], reference, logits[r], y[r])
+        for confusion in confusions:
+            wrong = partial(reference, **confusion)
+            assert abs(wrong(logits[r], y[r]).item() / mean - 1) > 0.01
+            assert not is_derivative(chi[r], wrong, logits[r], y[r])
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_derivatives_are_bounded_and_vanish_as_params_table_says(name):
-    logits, y = normal(16, 4), labels(4, 16)
-    sizes = [LOSSES[name].function(scale * logits, y)[1].abs().max().item() for scale in (1e3, 1e6)]
-    assert (sizes[1] < 2 * sizes[0] + 1) == param.LOSSES[name].bounded
-    saturated = LOSSES[name].function(torch.tensor([[0.0, 1e3]]), torch.tensor([0]))[1].abs().max().item()
-    assert (saturated < 1e-6) == param.LOSSES[name].vanishes
+    def largest(logits, y):
+        return LOSSES[name].function(logits, y)[1].abs().max().item()
+
+    logits, y = normal(16, 4), labels(16, classes=4)
+    assert (largest(1e6 * logits, y) < 2 * largest(1e3 * logits, y) + 1) == param.LOSSES[name].bounded
+    saturated = torch.tensor([[0.0, 1e3]])
+    assert (largest(saturated, torch.tensor([0])) < 1e-6) == param.LOSSES[name].vanishes
 
 
-def lowest_of_constants(loss, p, restarts=6, steps=600):
-    """The lowest expected loss over constant logits (C,), found by Adam with a falling LR from random starts."""
-    classes = len(p)
-    z = (3 * normal(restarts, 1, classes)).requires_grad_()
-    y, lowest = torch.arange(classes).repeat(restarts), torch.full((restarts,), torch.inf, dtype=torch.float64)
-    optimizer = torch.optim.Adam([z], betas=(0.8, 0.95))
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.3 * 1e-4 ** (step / steps)
-        optimizer.zero_grad()
-        losses = loss(z.expand(-1, classes, -1).flatten(0, 1), y).view(restarts, classes) @ p
-        losses.sum().backward()
-        optimizer.step()
-        lowest = lowest.minimum(losses.detach())
-    return lowest.min().item()
-
+# ---- the best constant predictor ----
 
 def per_sample(name, options):
-    reference = functools.partial(TORCH[name][0], **options, reduction="none")
+    reference = partial(TORCH[name][0], **options, reduction="none")
 
     def loss(z, y):
         losses = reference(z, y)
@@ -123,32 +116,52 @@ def per_sample(name, options):
     return loss
 
 
-FREQUENCIES = [(0.8, 0.2), (0.5, 0.3, 0.2), (0.27, 0.2, 0.15, 0.1, 0.08, 0.07, 0.05, 0.04, 0.03, 0.01)]
+def lowest_of_constants(loss, p, restarts=6, steps=600):
+    """The lowest expected loss over constant logits (C,): Adam, a falling LR, random starts."""
+    classes = len(p)
+    z = (3 * normal(restarts, 1, classes)).requires_grad_()
+    y = torch.arange(classes).repeat(restarts)
+    lowest = torch.full((restarts,), torch.inf, dtype=torch.float64)
+    optimizer = torch.optim.Adam([z], betas=(0.8, 0.95))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.3 * 1e-4 ** (step / steps)
+        optimizer.zero_grad()
+        rows = z.expand(-1, classes, -1).flatten(0, 1)              # (restarts * C, C)
+        expected = loss(rows, y).view(restarts, classes) @ p
+        expected.sum().backward()
+        optimizer.step()
+        lowest = lowest.minimum(expected.detach())
+    return lowest.min().item()
+
+
+FREQUENCIES = [
+    (0.8, 0.2), (0.5, 0.3, 0.2), (0.27, 0.2, 0.15, 0.1, 0.08, 0.07, 0.05, 0.04, 0.03, 0.01)]
 
 
 @pytest.mark.parametrize("p", FREQUENCIES, ids=len)
 @pytest.mark.parametrize("name, options", OPTIONS, ids=str)
 def test_the_best_constant_predictor_is_the_one_that_a_search_finds(name, options, p):
     p = torch.tensor(p, dtype=torch.float64)
-    best, found = LOSSES[name].constant(p, **options), lowest_of_constants(per_sample(name, options), p)
-    assert best <= found + 1e-9             # nothing is better
+    best = LOSSES[name].constant(p, **options)
+    found = lowest_of_constants(per_sample(name, options), p)
+    assert best <= found + 1e-9                                     # nothing is better
     assert best == pytest.approx(found, rel=2e-4)
-    assert LOSSES[name].constant(p.flip(0), **options) == pytest.approx(best, rel=1e-9)     # classes have no order
+    reordered = LOSSES[name].constant(p.flip(0), **options)
+    assert reordered == pytest.approx(best, rel=1e-9)
 
 
 @pytest.mark.parametrize("name, options", OPTIONS, ids=str)
-def test_of_two_classes_the_best_constant_predictor_is_the_lowest_of_a_fine_grid(name, options):
-    p, line = torch.tensor([0.7, 0.3], dtype=torch.float64), torch.linspace(-2, 2, 201, dtype=torch.float64)
-    z = torch.cartesian_prod(line, line)
-    loss = per_sample(name, options)
+def test_of_two_classes_it_is_the_lowest_of_a_fine_grid(name, options):
+    p, line = torch.tensor([0.7, 0.3]).double(), torch.linspace(-2, 2, 201).double()
+    z, loss = torch.cartesian_prod(line, line), per_sample(name, options)
     grid = sum(p[c] * loss(z, torch.full((len(z),), c)) for c in (0, 1))
     best = LOSSES[name].constant(p, **options)
     assert grid.min().item() - 1e-3 < best <= grid.min().item() + 1e-9
 
 
 def test_a_class_that_never_occurs_costs_no_cross_entropy():
-    two, three = (LOSSES["ce"].constant(torch.tensor(p)) for p in ([0.7, 0.3], [0.7, 0.3, 0.0]))
-    assert two == three
+    constant = LOSSES["ce"].constant
+    assert constant(torch.tensor([0.7, 0.3])) == constant(torch.tensor([0.7, 0.3, 0.0]))
 
 
 # ---- training: any module against torch.optim, one run at a time ----
@@ -156,25 +169,36 @@ def test_a_class_that_never_occurs_costs_no_cross_entropy():
 class Net(nn.Module):
     """No network of this repository: biases, a norm, a bare gain and a smooth activation."""
 
-    def __init__(self, d_in=6, classes=3):
+    def __init__(self):
         super().__init__()
-        self.first, self.norm = nn.Linear(d_in, 8), nn.LayerNorm(8)
-        self.gain, self.last = nn.Parameter(torch.linspace(0.5, 1.5, 8)), nn.Linear(8, classes)
+        self.first, self.norm = nn.Linear(6, 8), nn.LayerNorm(8)
+        self.gain, self.last = nn.Parameter(torch.linspace(0.5, 1.5, 8)), nn.Linear(8, 3)
 
     def forward(self, x):
         return self.last(torch.tanh(self.norm(self.first(x))) * self.gain)
 
 
 class Bare(nn.Module):
-    """Without a norm, so that a large learning rate has no bound."""
+    """A bias-free MLP; without a norm, large learning rates diverge."""
 
-    def __init__(self):
+    def __init__(self, relu=True):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 8, bias=False), nn.ReLU(),
-                                    nn.Linear(8, 3, bias=False))
+        layers = [nn.Linear(n, m, bias=False) for n, m in ((6, 8), (8, 8), (8, 3))]
+        if relu:
+            layers = [layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x):
         return self.layers(x)
+
+
+class Tied(Bare):
+    """Two layers share one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers.insert(4, nn.Linear(8, 8, bias=False))
+        self.layers[4].weight = self.layers[2].weight
 
 
 def nets(count, kind=Net):
@@ -185,17 +209,22 @@ def nets(count, kind=Net):
     return found
 
 
-def weights_of(models):
-    return [list(model.parameters()) for model in models]
+def stack_of(models, lrs, rule=PLAIN, **decay):
+    weights = [list(model.parameters()) for model in models]
+    return make(models[0], weights, lrs, **decay, moments=rule.moments, dtype=torch.float64)
 
 
-def run_alone(model, optimizer, loss, batches, clip=0.0):
-    """Losses of a plain loop; the model is trained in place."""
+def batches(steps, *shape):
+    """x (steps, *shape, 6), y (steps, *shape)."""
+    return normal(steps, *shape, 6), labels(steps, *shape)
+
+
+def run_alone(model, optimizer, loss, x, y, clip=0.0):
+    """Losses of a plain loop over steps; the model is trained in place."""
     losses = []
-    for x, y in batches:
+    for x_step, y_step in zip(x, y):
         optimizer.zero_grad()
-        logits = model(x)
-        losses.append(loss(logits.flatten(0, -2), y.flatten()))
+        losses.append(loss(model(x_step).flatten(0, -2), y_step.flatten()))
         losses[-1].backward()
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -203,15 +232,23 @@ def run_alone(model, optimizer, loss, batches, clip=0.0):
     return [value.item() for value in losses]
 
 
+def same_weights(runs, position, model):
+    pairs = zip(runs["weights"], model.parameters())
+    return all(close(stacked[position], weights, 1e-10) for stacked, weights in pairs)
+
+
+SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 RULES = {   # name: (rule, torch.optim's, decay and ε)
-    "sgd": (Rule("sgd"), torch.optim.SGD, {}),
-    "momentum": (Rule("sgd", momentum=0.9), functools.partial(torch.optim.SGD, momentum=0.9), {}),
-    "momentum, decay, clip": (Rule("sgd", momentum=0.9, decay=True, clip=0.5),
-                              functools.partial(torch.optim.SGD, momentum=0.9), {"weight_decay": 0.1}),
-    "adamw": (Rule("adam", beta1=0.8, beta2=0.9), functools.partial(torch.optim.AdamW, betas=(0.8, 0.9)),
-              {"weight_decay": 0.0, "eps": 1e-3}),
-    "adamw, decay, clip": (Rule("adam", decay=True, clip=0.5), functools.partial(torch.optim.AdamW, betas=(0.9, 0.95)),
-                           {"weight_decay": 0.1, "eps": 1e-6}),
+    "sgd": (PLAIN, SGD, {}),
+    "momentum": (Rule("sgd", momentum=0.9), partial(SGD, momentum=0.9), {}),
+    "momentum, decay, clip": (
+        Rule("sgd", momentum=0.9, decay=True, clip=0.5), partial(SGD, momentum=0.9), {"weight_decay": 0.1}),
+    "adamw": (
+        Rule("adam", beta1=0.8, beta2=0.9), partial(ADAMW, betas=(0.8, 0.9)),
+        {"weight_decay": 0.0, "eps": 1e-3}),
+    "adamw, decay, clip": (
+        Rule("adam", decay=True, clip=0.5), partial(ADAMW, betas=(0.9, 0.95)),
+        {"weight_decay": 0.1, "eps": 1e-6}),
 }
 LRS = [0.1, 0.02, 0.003]
 
@@ -221,77 +258,81 @@ LRS = [0.1, 0.02, 0.003]
 def test_a_stack_of_any_module_trains_as_torch_optim_trains_each_alone(name, shape):
     rule, optimizer, decay = RULES[name]
     models = nets(3)
-    runs = make(models[0], weights_of(models), LRS, **decay, moments=rule.moments, dtype=torch.float64)
-    network = module_network(models[0], LOSSES["ce"].function)
-    x, y = normal(5, 3, *shape, 6), labels(3, 5, 3, *shape)                         # steps, R, ...
+    runs, network = stack_of(models, LRS, rule, **decay), module_network(models[0], CE)
+    x, y = batches(5, 3, *shape)
     losses = [advance(runs, x[step], y[step], network, rule, step)[0].tolist() for step in range(5)]
-    logits = network.forward(runs["weights"], x[0])
+    logits = network.forward(runs["weights"], x[0])                 # (R, *shape, C)
     for r, model in enumerate(models):
-        batches = list(zip(x[:, r], y[:, r]))
-        alone = run_alone(model, optimizer(model.parameters(), LRS[r], **decay), F.cross_entropy, batches, rule.clip)
+        solver = optimizer(model.parameters(), LRS[r], **decay)
+        alone = run_alone(model, solver, F.cross_entropy, x[:, r], y[:, r], rule.clip)
         assert [step[r] for step in losses] == pytest.approx(alone, rel=1e-12)
-        for stacked, weights in zip(runs["weights"], model.parameters()):
-            assert torch.allclose(stacked[r], weights, rtol=1e-10, atol=1e-12)
-        assert torch.allclose(logits[r], model(x[0, r]), rtol=1e-10, atol=1e-12)
+        assert same_weights(runs, r, model) and close(logits[r], model(x[0, r]), 1e-10)
+
+
+def test_the_usage_in_the_header_runs_and_does_what_it_says():
+    usage, = (block for block in stack.__doc__.split("\n\n") if "nets = " in block)
+    x, y = normal(3, 16, 6).float(), labels(3, 16)
+    names = {**vars(stack), "Net": Net, "lrs": LRS, "steps": 5, "x": x, "y": y}
+    exec(textwrap.dedent(usage), names)
+    for r, model in enumerate(names["nets"]):
+        solver = SGD(model.parameters(), LRS[r], momentum=0.9)
+        *_, last = run_alone(model, solver, F.cross_entropy, [x[r]] * 5, [y[r]] * 5)
+        assert names["loss"][r].item() == pytest.approx(last, rel=1e-5)
+        assert torch.allclose(names["logits"][r], model(x[r]), rtol=1e-4, atol=1e-5)
 
 
 def test_every_tensor_has_its_own_lr_decay_and_eps_in_every_replica():
-    models, rule = nets(2), Rule("adam", decay=True)
-    names = [name for name, _ in models[0].named_parameters()]
+    model, rule = nets(1)[0], Rule("adam", decay=True)
+    names = [name for name, _ in model.named_parameters()]
     groups = [[{"lr": 0.01 * (r + 1) * (i + 1), "weight_decay": 0.1 * (i % 3), "eps": 10.0 ** -(r + i)}
                for i in range(len(names))] for r in range(2)]
-    of_tensor = {key: [dict(zip(names, (group[key] for group in of_run))) for of_run in groups]
+    of_tensor = {key: [{name: group[key] for name, group in zip(names, of_run)} for of_run in groups]
                  for key in ("lr", "weight_decay", "eps")}
-    runs = make(models[0], [*weights_of(models[:1]), 0], **of_tensor, moments=2, dtype=torch.float64)
-    models[1].load_state_dict(models[0].state_dict())               # replica 1 starts as replica 0
-    network, (x, y) = module_network(models[0], LOSSES["mse"].function), (normal(4, 2, 16, 6), labels(3, 4, 2, 16))
+    initial = [list(model.parameters()), 0]                         # replica 1 starts as replica 0
+    runs = make(model, initial, **of_tensor, moments=2, dtype=torch.float64)
+    network, (x, y) = module_network(model, MSE), batches(4, 2, 16)
     for step in range(4):
         advance(runs, x[step], y[step], network, rule, step, factor=0.5)
-    for r, model in enumerate(models):
-        halved = [dict(group, params=[w], lr=group["lr"] / 2) for group, w in zip(groups[r], model.parameters())]
-        run_alone(model, torch.optim.AdamW(halved, betas=(0.9, 0.95)), squared, zip(x[:, r], y[:, r]))
-        for stacked, weights in zip(runs["weights"], model.parameters()):
-            assert torch.allclose(stacked[r], weights, rtol=1e-10, atol=1e-12)
+    for r in range(2):
+        own = copy.deepcopy(model)
+        pairs = zip(groups[r], own.parameters())
+        halved = [dict(group, params=[w], lr=group["lr"] / 2) for group, w in pairs]
+        run_alone(own, ADAMW(halved, betas=(0.9, 0.95)), squared, x[:, r], y[:, r])
+        assert same_weights(runs, r, own)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_replicas_that_diverge_leave_and_the_others_train_on_as_if_alone(name):
     rule, optimizer, decay = RULES[name]
     models, lrs = nets(4, Bare), [0.03, 1e200, 0.01, 1e250]
-    runs = make(models[0], weights_of(models), lrs, **decay, moments=rule.moments, dtype=torch.float64)
-    network, alive = module_network(models[0], LOSSES["mse"].function), torch.arange(4)
-    x, y = normal(6, 4, 16, 6), labels(3, 6, 4, 16)
+    runs, network = stack_of(models, lrs, rule, **decay), module_network(models[0], MSE)
+    (x, y), alive = batches(6, 4, 16), torch.arange(4)
     for step in range(6):
         loss, = advance(runs, x[step, alive], y[step, alive], network, rule, step)
         drop_(runs, loss.isfinite())
         alive = alive[loss.isfinite()]
     assert alive.tolist() == [0, 2]
-    assert all(len(tensor) == 2 for key in stack.state(runs) for tensor in runs[key])
+    assert all(len(tensor) == 2 for tensors in stack.state(runs).values() for tensor in tensors)
     for position, r in enumerate(alive.tolist()):
         solver = optimizer(models[r].parameters(), lrs[r], **decay)
-        run_alone(models[r], solver, squared, zip(x[:, r], y[:, r]), rule.clip)
-        for stacked, weights in zip(runs["weights"], models[r].parameters()):
-            assert torch.allclose(stacked[position], weights, rtol=1e-10, atol=1e-12)
+        run_alone(models[r], solver, squared, x[:, r], y[:, r], rule.clip)
+        assert same_weights(runs, position, models[r])
 
 
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_mlps_written_out_backward_pass_is_autograds(name, relu):
-    model = Bare().double()
-    if not relu:
-        model.layers = nn.Sequential(*(layer for layer in model.layers if isinstance(layer, nn.Linear)))
+    model, loss = Bare(relu).double(), LOSSES[name].function
     weights = [normal(2, *w.shape, seed=i) for i, w in enumerate(model.parameters())]
-    x, y, loss = normal(2, 16, 6), labels(3, 2, 16), LOSSES[name].function
+    x, y, lr = normal(2, 16, 6), labels(2, 16), [0.1, 0.2, 0.3]
     written, automatic = mlp_network(loss, relu), module_network(model, loss)
-    for mine, other in zip(written.gradients(weights, x, y, None), automatic.gradients(weights, x, y)):
-        for a, b in zip(mine, other):
-            assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(written.forward(weights, x), automatic.forward(weights, x), rtol=1e-12, atol=1e-12)
-    lr, (grads, losses, _) = [0.1, 0.2, 0.3], automatic.gradients(weights, x, y)
+    assert close(written.forward(weights, x), automatic.forward(weights, x))
+    grads, losses, logits = automatic.gradients(weights, x, y)
+    mine, *others = written.gradients(weights, x, y, None)
+    assert all(close(a, b) for a, b in zip([*mine, *others], [*grads, losses, logits]))
     expected = [w - step * g for w, step, g in zip(weights, lr, grads)]
-    assert torch.allclose(written.descend(weights, x, y, lr)[0], losses, rtol=1e-12)
-    for w, then in zip(weights, expected):
-        assert torch.allclose(w, then, rtol=1e-12, atol=1e-12)
+    assert close(written.descend(weights, x, y, lr)[0], losses)
+    assert all(close(w, then) for w, then in zip(weights, expected))
 
 
 def sharper(logits, y):
@@ -306,122 +347,124 @@ def doubled(logits, y):
     return losses, 2 * chi
 
 
-@pytest.mark.parametrize("network_of", [lambda model, loss: module_network(model, loss),
-                                        lambda model, loss: module_network(model, loss, alone=True),
-                                        lambda model, loss: mlp_network(loss)], ids=["module", "alone", "mlp"])
+def fourth_power(z, y):
+    return (z - one_hot(z, y)).pow(4).sum(-1).mean()
+
+
+NETWORKS = {
+    "module": module_network,
+    "alone": partial(module_network, alone=True),
+    "mlp": lambda model, loss: mlp_network(loss),
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("loss, of_torch, speed", [
-    (sharper, lambda z, y: (z - one_hot(z, y)).pow(4).sum(-1).mean(), 1), (doubled, F.cross_entropy, 2)])
-def test_a_users_loss_trains_with_its_own_derivative(network_of, loss, of_torch, speed):
+    (sharper, fourth_power, 1), (doubled, F.cross_entropy, 2)])
+def test_a_users_loss_trains_with_its_own_derivative(kind, loss, of_torch, speed):
     model, = nets(1, Bare)
-    x, y, rule = normal(6, 1, 16, 6), labels(3, 6, 1, 16), Rule("sgd")
-    runs = make(model, weights_of([model]), 0.05, dtype=torch.float64)
-    network = network_of(copy.deepcopy(model), loss)
-    losses = [advance(runs, x[step], y[step], network, rule, step)[0].item() for step in range(6)]
-    alone = run_alone(model, torch.optim.SGD(model.parameters(), speed * 0.05), of_torch, zip(x[:, 0], y[:, 0]))
+    (x, y), runs = batches(6, 1, 16), stack_of([model], 0.05)
+    network = NETWORKS[kind](copy.deepcopy(model), loss)
+    losses = [advance(runs, x[step], y[step], network, PLAIN)[0].item() for step in range(6)]
+    alone = run_alone(model, SGD(model.parameters(), speed * 0.05), of_torch, x[:, 0], y[:, 0])
     assert losses == pytest.approx(alone, rel=1e-12)
 
+
+# ---- a single replica, which runs without vmap ----
 
 def test_a_single_replica_leaves_the_model_as_it_was_found():
     model, = nets(1)
     before, state = list(model.parameters()), copy.deepcopy(model.state_dict())
-    network, x, y = module_network(model, LOSSES["ce"].function, alone=True), normal(1, 4, 6), labels(3, 1, 4)
+    network, x, y = module_network(model, CE, alone=True), normal(1, 4, 6), labels(1, 4)
     weights = [normal(1, *w.shape, seed=1) for w in before]
 
     def untouched():
-        same = all(a is b for a, b in zip(model.parameters(), before))
-        return same and all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+        same = all(a is b and b.grad is None for a, b in zip(model.parameters(), before))
+        return same and all(torch.equal(state[name], w) for name, w in model.state_dict().items())
 
     logits = network.forward(weights, x)
-    grads, losses, _ = network.gradients(weights, x, y)
-    assert untouched() and all(w.grad is None for w in before)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        network.forward(weights, x[..., :5])
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        network.gradients(weights, x[..., :5], y)
-    assert untouched()
-
-    # the same numbers as in a stack, and the model can be copied and stacked as ever
-    stacked = module_network(copy.deepcopy(model), LOSSES["ce"].function, alone=True)
-    twice = [w.expand(2, *w.shape[1:]) for w in weights]
-    both, per_sample_losses, _ = stacked.gradients(twice, x.expand(2, -1, -1), y.expand(2, -1))
-    assert torch.allclose(stacked.forward(twice, x.expand(2, -1, -1)), logits.expand(2, -1, -1), rtol=1e-12)
-    assert torch.allclose(per_sample_losses, losses.expand(2, -1), rtol=1e-12)
-    for two, one in zip(both, grads):
-        assert torch.allclose(two, one.expand_as(two), rtol=1e-12, atol=1e-14)
-    assert not torch.allclose(logits[0], model(x[0]))
+    network.gradients(weights, x, y)
+    assert untouched() and not torch.allclose(logits[0], model(x[0]))
+    for call in (network.forward, partial(network.gradients, y=y)):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            call(weights, x[..., :5])
+        assert untouched()
 
 
-class Tied(Bare):
-    def __init__(self):
-        super().__init__()
-        self.layers[2].weight = nn.Parameter(torch.randn(8, 8))
-        self.layers.insert(4, nn.Linear(8, 8, bias=False))
-        self.layers[4].weight = self.layers[2].weight
+def test_a_model_that_ran_alone_can_be_copied_and_stacked():
+    model, = nets(1)
+    x, y = normal(1, 4, 6), labels(1, 4)
+    weights = [normal(1, *w.shape, seed=1) for w in model.parameters()]
+    grads, losses, logits = module_network(model, CE, alone=True).gradients(weights, x, y)
+    network = module_network(copy.deepcopy(model), CE, alone=True)
+    twice, x, y = [w.repeat(2, *[1] * (w.ndim - 1)) for w in weights], x.repeat(2, 1, 1), y.repeat(2, 1)
+    both, *others = network.gradients(twice, x, y)
+    for two, one in zip([*both, *others], [*grads, losses, logits]):
+        assert two.shape[0] == 2 and close(two, one.expand_as(two))
 
 
-def test_a_weight_that_two_layers_share_is_one_weight_also_for_a_single_replica():
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_weight_that_two_layers_share_is_one_weight(alone):
     model, = nets(1, Tied)
-    x, y, rule = normal(5, 1, 16, 6), labels(3, 5, 1, 16), Rule("sgd")
-    for alone in (True, False):
-        own = copy.deepcopy(model)
-        network = module_network(model, LOSSES["ce"].function, alone)
-        runs = make(model, weights_of([model]), 0.1, dtype=torch.float64)
-        assert len(runs["weights"]) == 3
-        losses = [advance(runs, x[step], y[step], network, rule, step)[0].item() for step in range(5)]
-        solver = torch.optim.SGD(own.parameters(), 0.1)
-        assert losses == pytest.approx(run_alone(own, solver, F.cross_entropy, zip(x[:, 0], y[:, 0])), rel=1e-12)
+    (x, y), runs = batches(5, 1, 16), stack_of([model], 0.1)
+    network = module_network(copy.deepcopy(model), CE, alone)
+    assert len(runs["weights"]) == 3
+    losses = [advance(runs, x[step], y[step], network, PLAIN)[0].item() for step in range(5)]
+    own = run_alone(model, SGD(model.parameters(), 0.1), F.cross_entropy, x[:, 0], y[:, 0])
+    assert losses == pytest.approx(own, rel=1e-12)
 
 
-def test_losses_are_never_taken_in_bfloat16():
+@pytest.mark.parametrize("alone", [True, False])
+def test_losses_are_never_taken_in_bfloat16(alone):
     model, = nets(1)
     weights, x = [w[None].bfloat16() for w in model.parameters()], normal(1, 4, 6).bfloat16()
-    for alone in (True, False):
-        assert module_network(model, LOSSES["ce"].function, alone).forward(weights, x).dtype == torch.float32
+    assert module_network(model, CE, alone).forward(weights, x).dtype == torch.float32
 
+
+# ---- one step: accumulation, accuracy, averages over processes, AdamW ----
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("written", [True, False])
-def test_accumulated_gradients_are_those_of_the_whole_batch(name, written):
+@pytest.mark.parametrize("kind", ["mlp", "module"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(name, kind):
     rule, _, decay = RULES[name]
-    models, loss = nets(2, Bare), LOSSES["ce"].function
-    network, x, y = mlp_network(loss) if written else module_network(models[0], loss), normal(3, 2, 12, 6), labels(3, 3, 2, 12)
-    made = [make(models[0], weights_of(models), LRS[:2], **decay, moments=rule.moments, dtype=torch.float64) for _ in "ab"]
+    models = nets(2, Bare)
+    network, (x, y) = NETWORKS[kind](models[0], CE), batches(3, 2, 12)
+    whole, parts = (stack_of(models, LRS[:2], rule, **decay) for _ in range(2))
     for step in range(3):
-        whole, parts = (advance(runs, x[step], y[step], network, rule, step, parts=parts, accuracy=True)
-                        for runs, parts in zip(made, (1, 4)))
-        for a, b in zip(whole, parts):
-            assert torch.allclose(a, b, rtol=1e-12)
-    for a, b in zip(made[0]["weights"], made[1]["weights"]):
-        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+        means = advance(whole, x[step], y[step], network, rule, step, accuracy=True)
+        of_parts = advance(parts, x[step], y[step], network, rule, step, parts=4, accuracy=True)
+        assert all(close(a, b) for a, b in zip(means, of_parts))
+    assert all(close(a, b, 1e-10) for a, b in zip(whole["weights"], parts["weights"]))
 
 
 def test_accuracy_is_the_share_of_right_answers_before_the_step():
     model, = nets(1, Bare)
-    x, y = normal(1, 50, 6), labels(3, 1, 50)
-    runs = make(model, weights_of([model]), 0.5, dtype=torch.float64)
+    x, y, runs = normal(1, 50, 6), labels(1, 50), stack_of([model], 0.5)
     right = (model(x[0]).argmax(-1) == y[0]).double().mean().item()
-    _, accuracy = advance(runs, x, y, mlp_network(stack.ce), Rule("sgd"), accuracy=True)
-    assert accuracy.item() == right and 0 < right < 1
-    assert advance(runs, x, y, mlp_network(stack.ce), Rule("sgd"), accuracy=True)[1].item() != right
+    before, after = (advance(runs, x, y, mlp_network(CE), PLAIN, accuracy=True)[1] for _ in "ab")
+    assert before.item() == right != after.item() and 0 < right < 1
 
 
 def test_processes_average_gradients_and_means_before_the_update():
+    def halve(tensors):
+        for tensor in tensors:
+            tensor.div_(2)
+
     model, = nets(1, Bare)
-    x, y, rule, network = normal(1, 16, 6), labels(3, 1, 16), Rule("sgd"), mlp_network(stack.ce)
-    plain, averaged = (make(model, weights_of([model]), lr, dtype=torch.float64) for lr in (0.05, 0.1))
-    loss, = advance(plain, x, y, network, rule)
-    half, = advance(averaged, x, y, network, rule, average=lambda tensors: [tensor.div_(2) for tensor in tensors])
-    assert half.item() == pytest.approx(loss.item() / 2, rel=1e-12)
-    for a, b in zip(plain["weights"], averaged["weights"]):
-        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+    x, y, network = normal(1, 16, 6), labels(1, 16), mlp_network(CE)
+    plain, averaged = (stack_of([model], lr) for lr in (0.05, 0.1))
+    loss, = advance(plain, x, y, network, PLAIN)
+    half, = advance(averaged, x, y, network, PLAIN, average=halve)
+    assert close(2 * half, loss)
+    assert all(close(a, b) for a, b in zip(plain["weights"], averaged["weights"]))
 
 
 def test_both_ways_to_take_an_adamw_step_agree_for_every_replica():
     models, rule = nets(3), Rule("adam", decay=True)
     names = [name for name, _ in models[0].named_parameters()]
     lrs = [{name: lr * (1 + i % 2) for i, name in enumerate(names)} for lr in (0.01, 0.1, 0.01)]
-    fused, foreach = (make(models[0], weights_of(models), lrs, [0.1, 0.0, 0.1], [1e-8, 1e-3, 1e-8], moments=2,
-                           dtype=torch.float64) for _ in range(2))
+    decay = {"weight_decay": [0.1, 0.0, 0.1], "eps": [1e-8, 1e-3, 1e-8]}
+    fused, foreach = (stack_of(models, lrs, rule, **decay) for _ in range(2))
     for step in range(4):
         grads = [normal(*w.shape, seed=step) for w in fused["weights"]]
         stack.fused_adamw_(fused, [g.clone() for g in grads], rule, 0.5, step)

@@ -25,11 +25,10 @@ import torch
 
 import analyze
 import param
-import plots
 import sweep
 
 HERE = Path(sweep.__file__).parent
-MAIN = {"sweep.py": sweep.main, "train.py": train.main, "analyze.py": analyze.main, "plots.py": plots.main}
+MAIN = {"sweep.py": sweep.main, "train.py": train.main}
 KINDS = pytest.mark.parametrize("kind", ["grid", "coarse-to-fine"])
 torch.set_num_threads(1)        # the nets here are tiny; threads would only wait for each other
 
@@ -49,6 +48,15 @@ def run_script(script, *flags):
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
+def run_sweep(out, *flags):
+    """python sweep.py with these flags, in words, and --out."""
+    return run_script("sweep.py", *" ".join(flags).split(), "--out", out)
+
+
+def parse(*flags):
+    return sweep.parse(" ".join(map(str, flags)).split())
+
+
 def results(row):
     return {key: value for key, value in row.items() if key != "seconds"}
 
@@ -61,7 +69,7 @@ def summary_of(out):
     return json.loads((out / "summary.json").read_text())
 
 
-# ---- the search of one cell, on landscapes cell_at(k) -> (loss, stable), of one seed or arrays of several ----
+# ---- the search of one cell, on landscapes cell_at(k) -> (loss, stable), numbers or arrays (S,) ----
 
 DIVERGED = analyze.DIVERGED
 
@@ -108,7 +116,7 @@ def test_a_search_finds_its_way_from_any_hint_also_where_all_is_unstable():
     generator = np.random.default_rng(0)
     for _ in range(100):
         optimum, gap = generator.uniform(-12, 3), generator.uniform(0.5, 6)
-        far = generator.normal(0, 0.1, 100)     # above the edge losses are finite, without order, and not stable
+        far = generator.normal(0, 0.1, 100)     # above the edge losses are finite, and without order
 
         def cell_at(k):
             return (0.3 + 0.01 * (k - optimum) ** 2, True) if k < optimum + gap else (5 + far[k + 50], False)
@@ -139,21 +147,26 @@ def test_on_any_landscape_a_search_ends_asks_for_nothing_twice_and_brackets_what
         low, extensions = (int(generator.integers(*ends)) for ends in ((-20, 10), (0, 7)))
         high = low + int(generator.integers(1, 30))
         reach = range(low - extensions * sweep.COARSE, high + extensions * sweep.COARSE + 1)
-        optimum = int(generator.integers(reach[0], reach[-1] + 1))
-        hint = (optimum, int(generator.integers(optimum, reach[-1] + 1))) if generator.random() < 0.5 else None
+        hint = sorted(generator.integers(reach[0], reach[-1] + 1, 2).tolist())
+        hint = tuple(hint) if generator.random() < 0.5 else None
         chance = generator.uniform(0, 9)
         known = search(kind, landscape.get, low, high, hint, extensions, chance)
         assert known.keys() <= set(reach)
 
         ks, losses, stable = sweep.table_of(known)
         if (losses >= DIVERGED).any(0).all():
-            assert ks[0] == reach[0]                # no LR at which every seed ended, and it went down to the end
+            assert ks[0] == reach[0]                # at no LR did every seed end, down to the last
             continue
         best = sweep.optimum_and_edge(known)[0]
-        assert {best - 1, best + 1} & set(reach) <= known.keys()
+        assert best - 1 in known or best == reach[0]
+        assert best + 1 in known or best == ks[-1]
+        ends = []
         for edge, above in analyze.edges(losses, stable):
             assert above is None or ks[above] - ks[edge] == 1
-            assert edge is None or above is not None or ks[edge] == reach[-1]
+            ends += [ks[edge]] if edge is not None and above is None else []
+        if ends or best == ks[-1]:
+            assert ks[-1] > reach[-1] - sweep.COARSE        # it grew as far as it may
+            assert all(end == ks[-1] for end in ends)
 
 
 def test_a_hint_where_nothing_is_stable_asks_for_no_more_than_the_grid():
@@ -245,12 +258,19 @@ def rows_on(landscape, runs, failed=lambda width, k: False):
     return rows
 
 
-THREE_WIDTHS = ["--widths", "8", "16", "32", "--base-width", "8", "--seeds", "2", "--loss", "ce"]
+def calm_rows(*flags):
+    """Rows of one run per curve of a sweep with these flags."""
+    args, given, curves = parse(*flags)
+    runs = [run for curve in curves for run in sweep.runs_of(given, curve, args["widths"][0], 1.0, 1)]
+    return rows_on(lambda width, k: (0.5, True), runs)
+
+
+THREE_WIDTHS = "--widths 8 16 32 --base-width 8 --seeds 2 --loss ce"
 
 
 def swept_landscape(landscape, *flags, failed=lambda width, k: False):
     """([widths asked for in each round], {width: lattice points of its rows}) of a whole search."""
-    args, given, curves = sweep.parse([*THREE_WIDTHS, *flags])
+    args, given, curves = parse(THREE_WIDTHS, *flags)
     rounds, rows = [], {}
     while missing := sweep.missing_runs(args, given, curves, rows):
         rounds.append(sorted({run["width"] for run in missing}))
@@ -272,7 +292,7 @@ def test_a_width_is_searched_around_what_the_narrower_one_ended_with():
     assert points[8] >= set(range(-16, 7, sweep.COARSE)) and points[8] >= {-4, -3, -2, -1, 0}
     assert points[16] == {-5, -4, -3, -2, 0} | {-6}         # around the last, and a step down
     assert points[32] == {-7, -6, -5, -4, -2} | {-8}
-    rounds, points = swept_landscape(landscape, "--search", "grid")
+    rounds, points = swept_landscape(landscape, "--search grid")
     assert rounds == [[8, 16, 32]]
     assert points[8] == points[16] == points[32] == set(range(-16, 7))
 
@@ -306,7 +326,7 @@ class Terminal(io.StringIO):
 
 def progress(monkeypatch, stream, rows):
     """(report, [seconds on the clock]) of a grid of 23 LRs, two seeds and three widths."""
-    args, given, curves = sweep.parse([*THREE_WIDTHS, "--search", "grid"])
+    args, given, curves = parse(THREE_WIDTHS, "--search grid")
     clock = [0.0]
     monkeypatch.setattr(sweep.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(sys, "stderr", stream)
@@ -338,7 +358,8 @@ def test_where_no_terminal_is_the_progress_line_comes_once_a_minute(monkeypatch)
 # ---- which runs train together ----
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "adam"}, {"hidden_layers": 7}, {"model": "gpt"}], ids=str)
+@pytest.mark.parametrize("settings", [
+    {}, {"optimizer": "adam"}, {"hidden_layers": 7}, {"model": "gpt"}], ids=str)
 def test_stacks_hold_every_run_once_share_them_evenly_and_keep_to_the_memory_that_is_stated(
         monkeypatch, threads, settings):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -412,50 +433,359 @@ def test_every_stack_falls_to_one_rank_the_widest_first(monkeypatch):
 
 def test_ranks_exchange_the_rows_that_each_wrote(monkeypatch, tmp_path):
     def work(team):
-        train.append_rows(tmp_path / sweep.rows_file("runs", team.rank), [{"id": str(team.rank)}])
+        own = made_up[team.rank]
+        train.append_rows(tmp_path / sweep.rows_file("runs", team.rank), [own])
+        rows[team.rank][own["id"]] = own
         team.exchange(tmp_path, rows[team.rank])
 
-    rows = [{}, {}]
+    rows, made_up = [{}, {}], list(calm_rows("--param sp mup --loss ce").values())
     threads = [threading.Thread(target=work, args=[team]) for team in team_of(monkeypatch, 2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert rows[0].keys() == rows[1].keys() == {"0", "1"}
+    assert rows[0] == rows[1] == {row["id"]: row for row in made_up}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs-rank1.jsonl", "runs.jsonl"]
 
 
 # ---- the command line ----
 
 def test_without_flags_it_is_the_headline():
-    args, given, curves = sweep.parse([])
+    args, given, curves = parse()
     assert args["preset"] == "headline" and args["out"] == Path("out/headline")
     assert args["widths"] == [64, 128, 256, 512, 1024]
     run, *_ = sweep.runs_of(given, curves[0], 64, 0.1, args["seeds"])
-    assert (run["hidden_layers"], run["steps"], run["data"]) == (4, 100, "multi_index")
+    assert run == train.configure(dict(width=64))
+    assert run["hidden_layers"] == 4 and run["data"] == "multi_index"
     assert [curve[:3] for curve in curves] == [("ce", "sp", "sgd"), ("mse", "sp", "sgd")]
 
 
 @pytest.mark.parametrize("scale", ["cpu", "paper"])
 @pytest.mark.parametrize("preset", sweep.PRESETS)
 def test_every_preset_parses_builds_and_says_what_its_table_says(preset, scale):
-    args, given, curves = sweep.parse(["--preset", preset, "--scale", scale])
+    args, given, curves = parse("--preset", preset, "--scale", scale)
     _, flags, of_paper = sweep.PRESETS[preset]
     told = {**flags, **(of_paper if scale == "paper" else {})}
     if told.get("lrs"):
         told["search"] = "grid"
     assert {name: args[name] for name in told} == told
 
-    wanted = [dict(zip(told, values)) for values in itertools.product(
-        *(told[name] for name in told if name in sweep.CURVE))] if False else told.get("curves", [{}])
-    for settings in wanted:
+    for settings in told.get("curves", []):
         assert any(settings.items() <= dict(zip(sweep.CURVE, curve)).items() for curve in curves)
     for i, name in enumerate(sweep.CURVE):
         if name in told:
-            assert {curve[i] for curve in curves} >= set(told[name])
+            values = told[name] if isinstance(told[name], list) else [told[name]]
+            assert {curve[i] for curve in curves} >= set(values)
 
     for curve, width in itertools.product(curves, args["widths"]):
         lr_of, low, high, _ = sweep.lattice(args, curve[sweep.CURVE.index("optimizer")])
+        assert low <= high and lr_of(low) <= lr_of(high)
         runs = sweep.runs_of(given, curve, width, lr_of(low), args["seeds"])
         assert sum(sweep.stacks(runs), []) == runs
-        assert low <= high
+
+
+def test_flags_replace_a_preset_and_a_preset_replaces_defaults():
+    _, given, curves = parse("--preset losses --steps 7 --loss huber --param ntp")
+    assert given["steps"] == 7 and given["data"] == "fashion_mnist"
+    assert [curve[:2] for curve in curves] == [("huber", "ntp")]
+    args, *_ = parse("--preset updates --lr-range 0.1 1")
+    assert args["lrs"] is None and args["lr_range"] == [0.1, 1.0]       # it replaces the preset's list
+    args, *_ = parse("--model gpt")
+    assert args["preset"] == "gpt_small"
+
+
+def test_every_choice_of_settings_has_its_own_default_folder():
+    choices = ["", "--param mup", "--param mup sp", "--loss ce", "--steps 7", "--alpha 0.5",
+               "--weight-decay 0.1", "--data mnist", "--preset limit", "--preset gpt",
+               "--preset gpt --no-norm-affine", "--model gpt", "--model gpt --data /a/text"]
+    outs = [parse(flags)[0]["out"] for flags in choices]
+    assert len(set(outs)) == len(outs)
+    assert all(out.parent == Path("out") for out in outs)
+    assert parse("--widths 32 64")[0]["out"] == outs[0]       # more rows of the same sweep
+
+
+def help_of(script, monkeypatch):
+    """{flag: what its help says of the default} of a script."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    text = run_script(script, "--help").stdout
+    return dict(re.findall(r"^  (--[a-z0-9-]+)[^\n]*(?:\n   [^\n]*)?\(default (.*)\)$", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("script", ["sweep.py", "train.py"])
+def test_the_help_tells_the_true_default_of_every_setting_for_each_network_and_optimizer(script, monkeypatch):
+    told = help_of(script, monkeypatch)
+    several = {"loss": parse()[0]["loss"]} if script == "sweep.py" else {}
+    for name in train.SETTINGS:
+        if script == "sweep.py" and name in ("width", "lr", "seed"):
+            continue
+        first, *others = told[f"--{name.replace('_', '-')}"].split("; ")
+        others = dict(words.rsplit(": ", 1) for words in others)
+        for model, optimizer in itertools.product(("mlp", "gpt"), param.OPTIMIZERS):
+            chosen = {"model": model, "optimizer": optimizer}
+            value = train.configure({k: v for k, v in chosen.items() if k != name})[name]
+            value = " ".join(several.get(name, [str(value)]))
+            words = [others[key] for key in (f"{model} {optimizer}", model, optimizer) if key in others]
+            assert (words or [first])[0] == value, (name, chosen)
+
+
+def test_the_help_tells_the_true_default_of_every_flag_of_a_sweep(monkeypatch):
+    told, args = help_of("sweep.py", monkeypatch), parse()[0]
+    for flag in ("seeds", "scale", "search", "stack", "track", "device", "stable-if"):
+        assert told[f"--{flag}"] == str(args[flag.replace("-", "_")])
+    assert told["--widths"] == " ".join(map(str, args["widths"]))
+    assert told["--lr-step"] == "sqrt 2" and args["lr_step"] == math.sqrt(2)
+    assert told["--preset"] == "headline, with --model gpt gpt_small"
+    sgd, adam = ([2.0 ** int(power) for power in re.findall(r"2\^(-?\d+)", words)]
+                 for words in told["--lr-range"].split("Adam"))
+    assert {"sgd": tuple(sgd), "adam": tuple(adam)} == sweep.LR_RANGE
+    thresholds = re.findall(r"(\S+) \(X = (\S+)\)", run_script("sweep.py", "--help").stdout)
+    assert {name: (name, float(x)) for name, x in thresholds} == {
+        name: analyze.criterion_of(name) for name in analyze.CRITERIA}
+
+
+def test_a_dry_run_tells_the_cost_of_what_would_be_run_and_runs_nothing(tmp_path, monkeypatch):
+    clock = itertools.count()           # one product of 1024 x 1024 matrices, and three seconds
+    monkeypatch.setattr(sweep.time, "perf_counter", lambda: next(clock))
+    flags = ("--widths 512 1024 --base-width 512 --hidden-layers 2 --seeds 2 --lrs 0.1 0.2 0.4 --steps 50 "
+             "--loss ce mse --dry-run")
+    done = run_sweep(tmp_path / "out", flags)
+    assert done.returncode == 0 and not list(tmp_path.iterdir())
+    head, *lines, last = done.stdout.splitlines()
+    total = 0
+    for width, line in zip((512, 1024), lines):
+        parameters = 100 * width + width ** 2 + 2 * width
+        operations = 6 * parameters * 12 * 50 * 64          # 12 runs of 50 steps of 64 samples
+        total += operations
+        assert line.split()[:3] == [str(width), "12", f"{parameters:,}"]
+        assert line.split()[-1] == f"{operations:.2e}"
+    minutes = total / (2 * 1024 ** 3 / 3) / 60
+    assert last.startswith(f"{total:.2e} operations, {minutes:.3g} minutes at this machine's 1 GFLOP/s")
+
+
+@pytest.mark.parametrize("seconds, words", [
+    (0.2, "0 seconds"), (90, "90 seconds"), (150, "2.5 minutes"), (3 * 3600, "3 hours"),
+    (36 * 3600, "36 hours"), (5 * 86400, "5 days"), (3 * 365.25 * 86400, "3 years")])
+def test_durations_are_told_in_the_unit_that_a_person_would_use(seconds, words):
+    assert sweep.duration(seconds) == words
+
+
+# ---- sweeps of small networks, and their folders ----
+
+SMALL = ("--widths 8 16 --base-width 8 --hidden-layers 2 --train-size 300 --val-size 50 --batch-size 8 "
+         "--seeds 2")
+TINY = f"{SMALL} --steps 20 --lr-range 0.05 4 --loss ce mse"
+FEW = f"{SMALL} --steps 8 --lrs 0.1 0.2 0.4 --loss ce --no-plots"
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sweep")
+    return out, run_sweep(out, TINY)
+
+
+def test_a_sweep_prints_predictions_beside_measurements_and_writes_its_files(swept):
+    out, done = swept
+    assert done.returncode == 0, done.stderr
+    for words in ("predicted", "max-stable", "optimal", "-0.50", "-1.00"):
+        assert words in done.stdout
+    summary = summary_of(out)
+    assert [row["predicted_max_stable_exponent"] for row in summary["rows"]] == [-0.5, -1.0]
+    assert summary["runs"] == len((out / "runs.jsonl").read_text().splitlines())
+    assert summary["command"].startswith("python sweep.py --widths 8 16")
+    for name in ("lr_transfer", "exponents", "optimal_lr"):
+        assert (out / "figures" / f"{name}.png").stat().st_size > 10_000
+        assert (out / "figures" / f"{name}.pdf").exists()
+
+
+def test_a_finished_sweep_runs_nothing_again_and_a_cut_one_ends_with_the_same_rows(
+        swept, tmp_path, monkeypatch):
+    out, _ = swept
+    content = (out / "runs.jsonl").read_bytes()
+    (tmp_path / "config.json").write_bytes((out / "config.json").read_bytes())
+    (tmp_path / "runs.jsonl").write_bytes(content[:len(content) * 2 // 5])
+    cut = run_sweep(tmp_path, TINY, "--no-plots")
+    assert cut.returncode == 0 and "half-written" in cut.stderr
+    assert sorted_rows(tmp_path) == sorted_rows(out)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(train, "train", None)
+    assert run_sweep(tmp_path, TINY, "--no-plots").returncode == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_rows_are_those_of_train_py(swept):
+    row = max(analyze.read_rows(swept[0]).values(), key=lambda row: (row["width"], -row["lr"]))
+    flags = [part for name in train.SETTINGS if not isinstance(row[name], bool)
+             for part in (f"--{name.replace('_', '-')}", row[name])]
+    assert results(json.loads(run_script("train.py", *flags).stdout)) == results(row)
+
+
+def test_every_row_says_where_it_comes_from(swept):
+    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    head = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    for id, row in analyze.read_rows(swept[0]).items():
+        assert id == row["id"] == train.run_id({name: row[name] for name in train.SETTINGS})
+        assert (row["torch"], row["device"], row["dtype"]) == (torch.__version__, "cpu", "float32")
+        assert row["deterministic"] is (train.SAME_BITS and torch.backends.mkl.is_available())
+        if head.returncode:
+            assert row["commit"] is None
+        else:
+            assert re.fullmatch(head.stdout.strip() + r"\+?", row["commit"])
+
+
+def test_rows_from_a_shell_are_deterministic_wherever_mkl_is(tmp_path):
+    small = "--base-width 8 --hidden-layers 1 --steps 2 --train-size 50 --val-size 20 --batch-size 4"
+    commands = [f"sweep.py --widths 8 --lrs 0.1 --seeds 1 --loss ce --no-plots {small}",
+                f"train.py --width 8 {small}"]
+    environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+    for command in commands:
+        command = [sys.executable, *command.split(), "--out", tmp_path]
+        subprocess.run(command, cwd=HERE, env=environment, capture_output=True, check=True)
+    files = sorted(tmp_path.glob("runs*.jsonl"))
+    rows = [results(json.loads(path.read_text())) for path in files]
+    assert len(rows) == 2 and rows[0] == rows[1]
+    assert rows[0]["deterministic"] is torch.backends.mkl.is_available()
+
+
+def test_a_sweep_of_other_settings_does_not_write_over_the_first_ones_summary(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags in ("", "--param mup"):
+        assert run_script("sweep.py", *FEW.split(), *flags.split()).returncode == 0
+    folders = [path.parent for path in tmp_path.rglob("summary.json")]
+    assert len(folders) == 2
+    assert {row["param"] for out in folders for row in summary_of(out)["rows"]} == {"sp", "mup"}
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--steps 21", "steps = 20, not 21"),
+    ("--batch-size 9", "batch_size = 8, not 9"),
+    ("--weight-decay 2", "weight_decay = 0.0, not 2.0"),
+    ("--clip 1", "clip = 0.0, not 1.0"),
+    ("--eps 0.1", "eps = 1e-08, not 0.1"),
+    ("--momentum 0.5", "momentum = 0.0, not 0.5"),
+    ("--data mnist", "data = 'multi_index', not 'mnist'"),
+    ("--track 5", "track = 0, not 5"),
+])
+def test_a_folder_with_rows_of_other_settings_is_refused(swept, flags, words):
+    before = {path: path.is_file() and path.read_bytes() for path in swept[0].iterdir()}
+    done = run_sweep(swept[0], TINY, flags)
+    assert done.returncode == 2 and not done.stdout
+    assert f"holds runs with {words}; use another --out" in done.stderr.splitlines()[-1]
+    assert {path: path.is_file() and path.read_bytes() for path in swept[0].iterdir()} == before
+
+
+def check(out, rows, *flags):
+    """sweep.check_folder for a sweep with these flags."""
+    _, given, _ = parse(*flags)
+    sweep.check_folder(out, rows, given, 0)
+
+
+@pytest.mark.parametrize("model, flags, words", [
+    ("mlp", "--weight-decay 2", "weight_decay = 0.0, not 2.0"),
+    ("gpt", "--weight-decay 2", "weight_decay = 0.0, not 2.0"),
+    ("gpt", "--clip 2", "clip = 0.0, not 2.0"),
+    ("gpt", "--eps 1", "eps = 1e-08, not 1.0"),
+])
+def test_defaults_that_depend_on_the_optimizer_are_compared_with_the_rows(tmp_path, model, flags, words):
+    both = f"--model {model} --optimizer sgd adam"
+    rows = calm_rows(both)
+    check(tmp_path, rows, both)
+    check(tmp_path, rows, both, "--widths 32 64 --seeds 5 --alpha 0.5")         # more runs of the same sweep
+    with pytest.raises(train.InputError, match=re.escape(words)):
+        check(tmp_path, rows, both, flags)
+
+
+def test_given_settings_may_equal_the_rows_defaults(tmp_path):
+    rows = calm_rows("--model gpt --optimizer adam")
+    check(tmp_path, rows, "--model gpt --optimizer adam --weight-decay 0.1 --clip 1")
+    with pytest.raises(train.InputError, match="weight_decay = 0.1, not 0.0"):
+        check(tmp_path, rows, "--model gpt --optimizer adam --weight-decay 0")
+
+
+def test_two_sweeps_cannot_write_to_one_file_of_rows(tmp_path):
+    with sweep.open_folder(tmp_path), sweep.open_folder(tmp_path, rank=1):
+        with pytest.raises(train.InputError, match="another sweep is writing"):
+            sweep.open_folder(tmp_path)
+    sweep.open_folder(tmp_path).close()
+
+
+# ---- out of memory ----
+
+@pytest.mark.parametrize("most, error", [
+    (4, torch.OutOfMemoryError("CUDA out of memory")),
+    (2, MemoryError()),
+    (1, RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")),
+], ids=["cuda", "python", "cpu"])
+def test_stacks_that_do_not_fit_are_halved_and_the_rows_stay_the_same(tmp_path, monkeypatch, most, error):
+    def tight(runs, *args, **kwargs):
+        if len(runs) > most:
+            kwargs["tracked"].append({"id": "half done", "step": 1, "layer": 0})
+            raise error
+        return whole(runs, *args, **kwargs)
+
+    whole, flags = train.train, f"{FEW} --track 4 --steps 2"
+    assert run_sweep(tmp_path / "free", flags).returncode == 0
+    monkeypatch.setattr(train, "train", tight)
+    sweep.say_once.cache_clear()
+    done = run_sweep(tmp_path / "tight", flags)
+    assert done.returncode == 0, done.stderr
+    assert "width 16: out of memory for 6 runs at once; going on with 3" in done.stderr
+    assert sorted_rows(tmp_path / "tight") == sorted_rows(tmp_path / "free")
+    free, tight = (analyze.read_rows(tmp_path / name, "track*.jsonl") for name in ("free", "tight"))
+    assert free.keys() == tight.keys()
+
+
+@pytest.mark.parametrize("too_wide", [8, 16])
+def test_runs_that_fit_nowhere_become_flagged_rows_and_are_not_tried_again(tmp_path, monkeypatch, too_wide):
+    def tight(runs, *args, **kwargs):
+        calls.append(runs)
+        if runs[0]["width"] >= too_wide:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(runs, *args, **kwargs)
+
+    calls, whole = [], train.train
+    monkeypatch.setattr(train, "train", tight)
+    done = run_sweep(tmp_path, FEW)
+    rows = analyze.read_rows(tmp_path).values()
+    assert done.returncode == 0 and len(rows) == 12 and "out of memory" in done.stdout, done.stderr
+    failed = [row for row in rows if row["failed"] == "out of memory"]
+    assert {row["width"] for row in failed} == {width for width in (8, 16) if width >= too_wide}
+    assert all(row["final_train_loss"] is None for row in failed)
+    flags = [flag for row in summary_of(tmp_path)["rows"] for flag in row["flags"]]
+    assert ("width 16: out of memory" in flags) == (too_wide == 16)
+    content = (tmp_path / "runs.jsonl").read_bytes()
+    calls.clear()
+    again = run_sweep(tmp_path, FEW)
+    assert again.returncode == 0 and "out of memory" in again.stdout
+    assert not calls and (tmp_path / "runs.jsonl").read_bytes() == content
+
+
+def test_one_failed_run_does_not_keep_wider_networks_waiting(tmp_path, monkeypatch):
+    def tight(runs, *args, **kwargs):
+        if any((run["width"], run["lr"], run["seed"]) == (8, 0.25, 1) for run in runs):
+            raise MemoryError
+        return whole(runs, *args, **kwargs)
+
+    whole = train.train
+    monkeypatch.setattr(train, "train", tight)
+    done = run_sweep(tmp_path, TINY, "--loss ce --lr-range 0.25 4 --no-plots")
+    assert done.returncode == 0, done.stderr
+    assert sum(bool(row["failed"]) for row in analyze.read_rows(tmp_path).values()) == 1
+    row, = summary_of(tmp_path)["rows"]
+    assert row["widths"] == [8, 16] and None not in row["optimal_lr"]
+    assert "width 8: out of memory" in row["flags"]
+
+
+@pytest.mark.parametrize("lrs", ["0.1", "0.1 0.2"])
+def test_a_tracked_sweep_of_which_nothing_fits_says_so(tmp_path, monkeypatch, lrs):
+    def none(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(train, "train", none)
+    sweep.say_once.cache_clear()
+    flags = f"--widths 3000000 --track 1 --seeds 1 --steps 1 --loss ce --lrs {lrs}"
+    done, again = (run_sweep(tmp_path, flags) for _ in range(2))
+    assert done.returncode == 0, done.stderr
+    assert "width 3000000: out of memory for a single run" in done.stderr
+    for call in (done, again):
+        assert "every run was out of memory" in call.stdout
+    assert all(row["failed"] == "out of memory" for row in analyze.read_rows(tmp_path).values())
