@@ -422,40 +422,38 @@ def rms_distance(outputs, others):
 
 
 def predicted_updates(curve, shared, step, roles):
-    """[(kind, layer, module, tracked quantity, predicted exponent)] of every module, from param.predict;
-    and the regime.
+    """[(kind, layer, module, tracked quantity, predicted exponent)] of every module, and the prediction.
 
     Of a GPT by role: the residual stream carries every layer's change, but only the embedding's into the
-    first block; a gain multiplies coordinates, as an input weight does.
+    first block; a gain multiplies coordinates, as an input weight does; and the final norm caps what the
+    readout sees.
     """
     told = {name: curve[name] for name in ("optimizer", "loss", "alpha")}
     predicted = param.predict(curve["param"], **told, hidden_layers=depth(shared),
                               trainable=shared["trainable"], step=step)
-    change = max(predicted.effective[-1], predicted.propagating[-1])        # of the logits
     names = [name for name in roles if name]
-    logits = ("logits", len(names), "", "change", change)
+    effective, propagating, features = predicted.effective, predicted.propagating, predicted.features
     if shared["model"] == "mlp":
-        entries = [("effective", i, names[i], "effective", e) for i, e in enumerate(predicted.effective)]
-        for i, exponent in enumerate(predicted.propagating, 1):
+        entries = [("effective", i, names[i], "effective", exponent) for i, exponent in enumerate(effective)]
+        for i, exponent in enumerate(propagating, 1):
             entries.append(("propagating", i, names[i], "propagating", exponent))
-        for i, exponent in enumerate(predicted.features):
+        for i, exponent in enumerate(features):
             entries.append(("features", i, names[i + 1], "input_change", exponent))
-        return [*entries, logits], predicted
-    c = {role: pair[1] for role, pair in param.exponents(curve["param"], curve["optimizer"]).items()}
-    of_input, of_hidden, *_, of_output = predicted.effective
-    effective = {"input": of_input, "hidden": of_hidden, "output": of_output,
-                 "vector": of_input + c["input"] - c["vector"]}
-    propagating = {"hidden": predicted.propagating[-2], "output": predicted.propagating[-1],
-                   "vector": predicted.features[-1]}
-    entries = []
-    for layer, name in enumerate(names):
-        role = roles[name]
-        entries.append(("effective", layer, name, "effective", effective[role]))
-        if role in propagating:
-            first = re.fullmatch(r"blocks\.0\.(norm_attention|attention\.qkv|norm_mlp|up)", name)
-            exponent = predicted.features[0] if first else propagating[role]
-            entries.append(("propagating", layer, name, "propagating", exponent))
-    return [*entries, logits], predicted
+        readout = propagating[-1]
+    else:
+        e = param.exponents(curve["param"], curve["optimizer"])
+        readout = min(propagating[-1], 1 - e["output"][0])
+        of_role = {"input": effective[0], "hidden": effective[1], "output": effective[-1],
+                   "vector": effective[0] + e["input"][1] - e["vector"][1]}
+        handed_on = {"hidden": propagating[-2], "output": readout, "vector": features[-1]}
+        entries = [("effective", i, name, "effective", of_role[roles[name]]) for i, name in enumerate(names)]
+        for i, name in enumerate(names):
+            if roles[name] in handed_on:
+                first = re.fullmatch(r"blocks\.0\.(norm_attention|attention\.qkv|norm_mlp|up)", name)
+                exponent = features[0] if first else handed_on[roles[name]]
+                entries.append(("propagating", i, name, "propagating", exponent))
+    change = max(effective[-1], readout)                    # of the logits
+    return [*entries, ("logits", len(names), "", "change", change)], predicted
 
 
 def update_exponents(values, curve, widths, shared, roles):

@@ -492,7 +492,7 @@ def fit_exponent(widths, values):
 def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=False):
     """Interval (low, high) of fit_exponent's slope, for values (S, W) of S seeds.
 
-    Student's t on the variance of the slope, sum_w c_w^2 (s_w^2 / S + log(resolution_w)^2 / 12), c its weights.
+    Student's t on the slope's variance, sum_w c_w^2 (s_w^2 / S + log(resolution_w)^2 / 12), c its weights.
     s_w^2: variance at a width, of residuals from the means of width and seed, so that what a seed does at
     every width alike counts for nothing; degrees of freedom by Welch and Satterthwaite, for widths that are
     not equally noisy. equal_noise: one variance for all widths, (S-1) (W-1) degrees of freedom, narrower

@@ -70,7 +70,7 @@ def some(entries, least=1):
 
 
 def named(value):
-    return NAMES.get(value, str(value))
+    return NAMES.get(value, value)
 
 
 def words(entry, keys):
@@ -178,26 +178,21 @@ def edge_of(row):
     return np.sqrt(floats(row["max_stable_lr"]) * floats(row["min_unstable_lr"]))
 
 
-def panels(rows, columns, width, height, ylabel="", **kwargs):
-    """(figure, axes (rows, columns)) of panels `width` by `height` inches."""
+def panels(count, width, height, columns=3, ylabel="", **kwargs):
+    """(figure, axes (rows, columns)) of panels `width` by `height` inches; those beyond `count` are not shown."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
     size = width * columns + 0.6, height * rows + 0.4
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **kwargs)
-    for ax in axes[:, 0]:
-        ax.set_ylabel(ylabel)
-    return figure, axes
-
-
-def row_panels(count, width, height, ylabel, **kwargs):
-    """The same for `count` panels, three in a row; those left over are not shown."""
-    figure, axes = panels(-(-count // 3), min(count, 3), width, height, ylabel, **kwargs)
-    for ax in axes.flat[count:]:
-        ax.set_visible(False)
+    for i, ax in enumerate(axes.flat):
+        ax.set_visible(i < count)
+        ax.set_ylabel("" if i % columns else ylabel)
     return figure, axes
 
 
 def layer_panels(entries, kinds, layers, height):
     """(figure, {(kind, layer): axes}), a row per kind, a column per layer, shown where there is an entry."""
-    figure, axes = panels(2, layers, 2.75, height)
+    figure, axes = panels(2 * layers, 2.75, height, layers)
     found = {}
     for row, (kind, symbol) in zip(axes, kinds.items()):
         for layer, ax in enumerate(row):
@@ -306,9 +301,10 @@ def loss_line(ax, lr, losses, edge, label, color):
 
 def lr_transfer(summary):
     """loss against LR, for up to four curves also × (n / n0)^-(predicted exponent); a line per width (Fig. 5)"""
-    rows, ylabel = curves(summary), "final train loss"
-    few, colours = len(rows) <= 4, shades(rows)
-    figure, axes = panels(2, len(rows), 3.3, 2.7, ylabel) if few else row_panels(len(rows), 3.3, 2.9, ylabel)
+    rows = curves(summary)
+    count, colours = len(rows), shades(rows)
+    few = count <= 4
+    figure, axes = panels(2 * count if few else count, 3.3, 2.8, count if few else 3, "final train loss")
     for column, row in zip(axes.T if few else axes.reshape(-1, 1), rows):
         column[0].set_title(name_of(row, rows))
         for ax, exponent in zip(column, (0.0, row["predicted_max_stable_exponent"] or 0.0)):
@@ -336,7 +332,7 @@ def loss_panel(ax, row, exponent, colours):
 def exponents(summary):
     """optimal and largest stable LR against width, with fits and the predicted slope (Fig. 5, right)"""
     rows = curves(summary)
-    figure, axes = row_panels(len(rows), 3.7, 3.6, "learning rate", sharey="row")
+    figure, axes = panels(len(rows), 3.7, 3.6, ylabel="learning rate", sharey="row")
     for i, (ax, row) in enumerate(zip(axes.flat, rows)):
         color, edge, widths = COLOURS[i % 7], edge_of(row), row["widths"]
         predicted = row["predicted_max_stable_exponent"]
@@ -360,7 +356,7 @@ def exponents(summary):
 def optimal_lr(summary):
     """optimal LR against width with fits, beside n^-1/2 and n^-1 (Fig. 1)"""
     rows = curves(summary)
-    figure, ((ax,),) = panels(1, 1, 6.6, 3.6, "optimal learning rate")
+    figure, ((ax,),) = panels(1, 6.6, 3.6, ylabel="optimal learning rate")
     for i, row in enumerate(rows):
         label = f"{name_of(row, rows)} {fitted(row, 'optimal_')}"
         trend(ax, row["widths"], floats(row["optimal_lr"]), row["optimal_exponent"], label, **look(i))
@@ -387,7 +383,7 @@ def relative_loss(row, curve):
 def phase(summary):
     """what a grid of LRs does at every width: trains, stays at chance or diverges; the edge as a staircase"""
     rows = some(list(filter(regular, curves(summary))))
-    figure, axes = row_panels(len(rows), 3.5, 4.1, "learning rate", sharey=True)
+    figure, axes = panels(len(rows), 3.5, 4.1, ylabel="learning rate", sharey=True)
     norm = Normalize(min(relative_loss(row, curve).min() for row in rows for curve in row["curves"]), 1.0)
     for ax, row in zip(axes.flat, rows):
         phase_map(ax, row, norm)
@@ -431,12 +427,11 @@ def bounded(summary):
     """edge exponents of four losses or more beside their predictions; the loss at the widest net"""
     rows = some(widest_group(curves(summary), "loss"), least=4)
     rows = sorted(rows, key=lambda row: -(row["predicted_max_stable_exponent"] or 0.0))
-    figure, ((left, right),) = panels(1, 2, 4.6, 3.4)
+    figure, ((left, right),) = panels(2, 4.6, 3.4)
     for place, row in enumerate(rows):
         color, curve = loss_colour(row["loss"]), row["curves"][-1]
-        names = {"exponent": "max_stable_exponent", "interval": "max_stable_interval",
-                 "predicted": "predicted_max_stable_exponent"}
-        edge = {short: row[name] for short, name in names.items()}
+        edge = dict(exponent=row["max_stable_exponent"], interval=row["max_stable_interval"],
+                    predicted=row["predicted_max_stable_exponent"])
         exponent_points(left, floats([place]), [edge], ticks=0.7, color=color, capsize=3)
         left.axhline(floats([edge["predicted"]])[0], **DASHED)
         values = relative_loss(row, curve)[None]            # (1, K)
@@ -457,7 +452,7 @@ def losses(summary):
     rows = curves(summary)
     names, each = some(unique(row["loss"] for row in rows), least=3), groups(rows, "loss").values()
     told = [key for key in differing(rows) if key != "loss"] or ["param"]
-    figure, axes = row_panels(len(each), 3.2, 3.1, "best validation accuracy (%)", sharey=True)
+    figure, axes = panels(len(each), 3.2, 3.1, ylabel="best validation accuracy (%)", sharey=True)
     for ax, group in zip(axes.flat, each):
         for row in group:
             seeds = 100 * floats(row["best_val_accuracy"])          # (W, S)
@@ -473,7 +468,7 @@ def calibration(summary):
     """expected calibration error and logits at the optimal LR against width, under cross-entropy"""
     rows = [row for row in curves(summary) if (row["model"], row["loss"]) == ("mlp", "ce")]
     some({row["param"] for row in rows}, least=2)
-    figure, axes = panels(1, 2, 5.2, 3.2)
+    figure, axes = panels(2, 5.2, 3.2)
     ylabels = {"val_ece": "expected calibration error", "logit_rms": "RMS of the logits"}
     for ax, (key, ylabel) in zip(axes.flat, ylabels.items()):
         for i, row in enumerate(rows):
@@ -487,7 +482,8 @@ def regimes(summary):
     shown = widest_group(tracked(summary, "updates"), "alpha", "loss")
     some({entry["alpha"] for entry in shown}, least=3)
     names, steps = (unique(entry[key] for entry in shown) for key in ("loss", "step"))
-    figure, axes = panels(len(steps), len(names), 4.2, 3.2, "width exponent", sharex=True, sharey=True)
+    shape, shared = (len(steps) * len(names), 4.2, 3.2, len(names)), dict(sharex=True, sharey=True)
+    figure, axes = panels(*shape, "width exponent", **shared)
     for i, step in enumerate(steps):
         for j, loss in enumerate(names):
             here = where(shown, step=step, loss=loss)
@@ -535,7 +531,7 @@ def course(summary):
     entries = some([entry for entry in entries if (floats(entry["train_loss"])[:, 0] > 0).any()])
     entries = widest_group(entries, "loss")
     kinds = [kind for kind in COURSE if any((floats(entry[kind])[:, 0] > 0).any() for entry in entries)]
-    figure, axes = panels(len(kinds), len(entries), 2.9, 2.2, sharex=True, sharey="row")
+    figure, axes = panels(len(kinds) * len(entries), 2.9, 2.2, len(entries), sharex=True, sharey="row")
     colours = shades(entries)
     for row, kind in zip(axes, kinds):
         low, top = course_range([line for entry in entries for line in floats(entry[kind])])
@@ -618,7 +614,7 @@ def limit(summary):
     some(range(summary["steps"]), least=21)
     last = where(summary["updates"], step=summary["steps"], kind="features", layer=summary["hidden_layers"] - 1)
     changes, rates = groups(last), unique(entry["lr"] for entry in entries)
-    figure, axes = panels(len(rates), 2, 5.2, 3.3)
+    figure, axes = panels(2 * len(rates), 5.2, 3.3, 2)
     for i, curve in enumerate(groups(entries, "lr").values()):
         for key, (entry,) in groups(curve).items():
             left, right = axes[rates.index(entry["lr"])]
@@ -641,7 +637,7 @@ def tensor_kinds(summary):
     tensors = unique(entry["module"].split(".")[-1] for entry in entries)
     each = groups(entries).values()
     space = min(0.26, 0.8 / len(each))
-    figure, axes = panels(2, 1, 0.78 * len(tensors) + 1.8, 2.6, "width exponent", sharex=True)
+    figure, axes = panels(2, 0.78 * len(tensors) + 1.8, 2.6, 1, "width exponent", sharex=True)
     for ax, (kind, symbol) in zip(axes.flat, UPDATES.items()):
         for i, curve in enumerate(each):
             here = where(curve, kind=kind)
@@ -662,7 +658,7 @@ def linear_net(summary):
     parts = some(summary.get("linear_net", ()))
     titles = {"edges": "largest stable learning rate", "distance": "distance to the infinite-width limit",
               "one_step": "|loss decrease| after one step"}
-    figure, axes = panels(1, 3, 3.4, 4.6)
+    figure, axes = panels(3, 3.4, 4.6)
     for ax, (part, title) in zip(axes.flat, titles.items()):
         drawn = {None}
         for i, entry in enumerate(parts[part]):
@@ -698,10 +694,10 @@ def draw(out, only=None):
         raise PlotError(f"{path} is not there; run python sweep.py --out {out} first")
     try:
         summary = json.loads(path.read_text())
-        known = "linear_net" in summary or all("curves" in row for row in summary["rows"])
+        damaged = "linear_net" not in summary and not all("curves" in row for row in summary["rows"])
     except (ValueError, LookupError, TypeError):
-        known = False
-    if not known:
+        damaged = True
+    if damaged:
         raise PlotError(f"{path} is damaged; the command that wrote it writes it again, and runs nothing twice")
     folder.mkdir(exist_ok=True)
     for name in only or FIGURES:
@@ -711,23 +707,21 @@ def draw(out, only=None):
                 for file in (folder / f"{name}.png", folder / f"{name}.pdf"):
                     figure.savefig(file)
                     written.append(file)
-        except Absent as error:
-            failed += [f"{name!r} cannot be drawn: {error}"] if only else []
         except Exception as error:
-            traceback.print_exc()
-            failed.append(f"{name!r} cannot be drawn: {type(error).__name__}")
+            if only or not isinstance(error, Absent):
+                failed.append(f"{name!r} cannot be drawn: {error if isinstance(error, Absent) else repr(error)}")
+            if not isinstance(error, Absent):
+                traceback.print_exc()
         plt.close("all")
     if failed:
-        raise PlotError(f"{path}: {'; '.join(failed)}; {len(written) // 2} other figures are drawn")
+        raise PlotError(f"{path}: {'; '.join(failed)}")
     return written
 
 
 def main():
     usage = "usage: python plots.py RESULT_FOLDER [FIGURE ...]; figures: " + ", ".join(FIGURES)
     if sys.argv[1:2] in (["-h"], ["--help"]):
-        print(usage)
-        for name, figure in FIGURES.items():
-            print(f"    {name:14} {figure.__doc__}")
+        print(usage, *(f"    {name:14} {figure.__doc__}" for name, figure in FIGURES.items()), sep="\n")
     elif len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise PlotError(usage)
     else:

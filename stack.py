@@ -179,7 +179,7 @@ def drop_(stack, stays):
 # ---- networks: how a stack's logits and gradients are computed ----
 
 # forward(weights, x) -> logits (R, B, ..., C)
-# gradients(weights, x, y, out) -> gradients [(R, *shape)] of the mean loss, loss per sample (R, B, ...), logits
+# gradients(weights, x, y, out) -> gradients [(R, *shape)] of mean losses, loss per sample (R, B, ...), logits
 #     (out: a list to keep the gradients in, so that the next step finds their memory)
 # descend(weights, x, y, lr) -> loss, logits: gradients and the update of plain SGD in one, or None
 Network = namedtuple("Network", "forward gradients descend", defaults=(None,))

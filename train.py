@@ -636,7 +636,8 @@ def add_flags(parser, several=(), without=(), defaults=()):
     add = group.add_argument
     add("--track", type=int, default=0, metavar="N", help="measure every module in the first 20 steps, then "
         "every N-th, into track*.jsonl of --out; 0 is never (default 0)")
-    add("--alignment", action="store_true", help="with --track: operator-norm alignments too, which cost as much")
+    add("--alignment", action="store_true",
+        help="with --track: operator-norm alignments too, at twice the cost")
     add("--data-dir", metavar="DIR", help="folder of the data files (default $DATA_DIR, ./data)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; under torchrun each rank takes its own "
         "(default auto)")

@@ -171,8 +171,9 @@ def summary_of(out):
     return json.loads((out / "summary.json").read_text())["rows"]
 
 
-def without_seconds(row):
-    return {key: value for key, value in row.items() if key != "seconds"}
+def results(row):
+    """All but the time it took, and the commit, which may change while these minutes pass."""
+    return {key: value for key, value in row.items() if key not in ("seconds", "commit")}
 
 
 @functools.cache
@@ -182,7 +183,7 @@ def alone():
     code, errors = finish(SWEEP, out)
     took = time.monotonic() - start
     assert code == 0, errors
-    rows = {row["id"]: without_seconds(row) for row in lines_of(out)}
+    rows = {row["id"]: results(row) for row in lines_of(out)}
     result = rows, summary_of(out), (out / "runs.jsonl").read_bytes().splitlines(keepends=True), took
     shutil.rmtree(out.parent)
     return result
@@ -192,7 +193,7 @@ def compare(fault, times, out):
     """Counts in TABLE what a finished folder has other than the sweep left alone, and asserts that it is
     nothing."""
     (expected, summary, *_), rows = alone(), lines_of(out)
-    found = {row["id"]: without_seconds(row) for row in rows}
+    found = {row["id"]: results(row) for row in rows}
     lost, duplicated = len(expected.keys() - found.keys()), len(rows) - len(found)
     different = sum(row != expected.get(id) for id, row in found.items())
     TABLE.append((fault, times, lost, duplicated, different))
@@ -403,8 +404,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path):
             process.kill()
         seen, times = next(out.glob("checkpoint*.pt")).read_bytes(), times + 1
     assert finish(command, out)[0] == 0
-    expected = without_seconds(train.train([settings])[0])
-    rows = [without_seconds(row) for row in lines_of(out)]
+    expected = results(train.train([settings])[0])
+    rows = [results(row) for row in lines_of(out)]
     TABLE.append(("SIGKILL of train.py --checkpoint", times, 1 - len(rows), 0, int(rows[0] != expected)))
     assert rows == [expected]
     assert [path.suffix for path in out.iterdir()] == [".jsonl"]

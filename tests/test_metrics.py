@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import metrics
+import models
 
 
 class Block(nn.Module):
@@ -902,3 +903,26 @@ def test_a_compiled_model_is_measured_under_the_names_of_the_plain_one():
     compiled(x)
     plain = metrics.refined_coordinate_check(model, reference, x)
     assert metrics.refined_coordinate_check(compiled, reference, x) == plain
+
+
+@pytest.mark.parametrize("norm_affine, modules", [(True, 19), (False, 10)])
+def test_every_weight_of_our_gpt_is_measured(norm_affine, modules):
+    def gpt(seed):
+        torch.manual_seed(seed)
+        return models.GPT(23, 64, 2, 16, head_dim=16, norm_affine=norm_affine).double()
+
+    reference, model = gpt(0), gpt(0)
+    tokens = torch.randint(23, (3, 12), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn_like(p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                          # nothing is left out
+        rows = metrics.refined_coordinate_check(model, reference, tokens)
+    assert len(rows) == modules == sum(1 for _ in model.parameters())
+    assert all(row["effective"] > 0 for row in rows.values())
+    unmoved = "embedding", "blocks.0.norm_attention"            # nothing before them changes their input
+    if norm_affine:
+        assert all(row["propagating"] > 0 for name, row in rows.items() if name not in unmoved)
+    compiled = torch.compile(model, backend="eager")
+    assert metrics.refined_coordinate_check(compiled, reference, tokens) == rows

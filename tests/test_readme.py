@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import param
+import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,10 +44,10 @@ def test_the_table_of_exponents_is_the_one_in_param():
 
 
 def test_every_flag_exists():
-    scripts = "".join((ROOT / f).read_text() for f in ("train.py", "sweep.py", "analyze.py", "linear_net.py"))
-    import train
-    known = set(re.findall(r"--[a-z][a-z-]+", scripts)) | {f"--{name.replace('_', '-')}" for name in train.SETTINGS}
-    known |= {"--nproc-per-node"}
+    names = "train", "sweep", "analyze", "linear_net"
+    scripts = "".join((ROOT / f"{name}.py").read_text() for name in names)
+    known = set(re.findall(r"--[a-z][a-z-]+", scripts)) | {"--nproc-per-node"}      # torchrun's
+    known |= {"--" + name.replace("_", "-") for name in train.SETTINGS}
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README + GALLERY))
     assert used and used <= known, used - known
 
