@@ -74,6 +74,8 @@ def read_rows(out, files="runs*.jsonl", mend=True):
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 row = json.loads(line)
+                if "step" not in row:
+                    curve_of(row), row["width"], row["lr"], row["seed"]     # else KeyError
                 rows[key_of(row)] = row
             except (ValueError, KeyError, TypeError):
                 raise InputError(f"{path}:{number} is not a result row; remove that line, "
@@ -261,8 +263,13 @@ def depth(config):
 def shared_settings(rows):
     """The settings on which all rows agree, but for those that a sweep varies."""
     first, *others = rows
-    return {name: first[name] for name in train.SETTINGS
-            if name not in GRID and all(other[name] == first[name] for other in others)}
+    shared = {name: first[name] for name in train.SETTINGS
+              if name not in GRID and all(other[name] == first[name] for other in others)}
+    for name in (*SHOWN, "trainable"):
+        if name not in shared:
+            values = " and ".join(sorted({repr(row[name]) for row in rows}))
+            raise InputError(f"the rows have {name} = {values}; analyze the rows of one sweep at a time")
+    return shared
 
 
 def summarize(rows, criterion="chance", curves=None, widths=None, seeds=None):
@@ -557,14 +564,15 @@ def report(out, rows, tracks, stable_if, command, curves=None, widths=None, seed
     shared = shared_settings(rows)
     summary = {"command": command, "stable_if": stable_if, "runs": len(rows),
                "seconds": round(sum(row["seconds"] for row in rows), 1),
-               **{name: shared[name] for name in SHOWN}, "rows": []}
+               **{name: shared[name] for name in SHOWN}, "rows": [],
+               "asked": {"curves": curves, "widths": widths, "seeds": seeds}}
     if len({row["lr"] for row in rows}) > 1:        # one LR alone has no optimum and no edge
         summary["rows"] = summarize(rows, stable_if, curves, widths, seeds)
         print(table(summary["rows"]) if summary["rows"] else "No results.")
-        for curve in curves or ():
-            if not any(curve_of(row) == curve for row in summary["rows"]):
-                print(f"! {' '.join(map(str, curve[:3]))}: every run was out of memory; "
-                      "use smaller widths or batches")
+    for curve in curves or dict.fromkeys(map(curve_of, rows)):
+        if all(row["failed"] for row in rows if curve_of(row) == curve):
+            print(f"! {' '.join(map(str, curve[:3]))}: every run was out of memory; "
+                  "use smaller widths or batches")
     if tracks:
         summary.update(summarize_tracks(rows, tracks, curves, widths, seeds))
         print(update_table(summary["updates"]))
@@ -587,7 +595,10 @@ def main():
     stable_if = args.stable_if or before.get("stable_if", "chance")
     criterion_of(stable_if)
     tracks = read_rows(args.out, "track*.jsonl", mend=False)
-    report(args.out, rows, tracks, stable_if, before.get("command", " ".join(["python", *sys.argv])))
+    asked = before.get("asked") or {}
+    if asked.get("curves"):
+        asked["curves"] = [tuple(curve) for curve in asked["curves"]]
+    report(args.out, rows, tracks, stable_if, before.get("command", " ".join(["python", *sys.argv])), **asked)
 
 
 if __name__ == "__main__":

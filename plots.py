@@ -2,15 +2,13 @@
 
     of an LR sweep        lr_transfer exponents optimal_lr phase bounded losses calibration
     of tracked runs       regimes course updates later_updates alignment limit tensor_kinds
-    of linear_net.py      linear_net
+    of linear_net.py      linear_net                                        (--help says what they show)
 
-Each function takes the content of summary.json and returns a matplotlib figure, or raises Absent; `--help` lists
-what they show. Figures and propositions are those of arXiv 2505.22491. Needs numpy and matplotlib only.
+Each function takes the content of summary.json and returns a matplotlib figure, or raises Absent. Figures and
+propositions are those of arXiv 2505.22491. Needs numpy and matplotlib only.
 
     n width   α exponent in LR ∝ n^-α   S seeds   W widths   K LRs   T steps
     edge: between the largest stable and the smallest unstable LR
-
-Width is a sequential colour, dark is wide; curves have the colour-blind-safe set of Okabe and Ito.
 """
 import json
 import sys
@@ -22,7 +20,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
@@ -32,6 +29,7 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "grid.linewidth": 0.6, "lines.linewidth": 1.4, "lines.markersize": 4.5,
 }
+# The colour-blind-safe set of Okabe and Ito.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHED = {"color": "0.35", "linestyle": "--", "linewidth": 1.1, "zorder": 1}
 TRAINED = LinearSegmentedColormap.from_list("trained", ("#0B4F8A", "#6FB1D6", "#E3F0F4"))
@@ -156,8 +154,8 @@ def widest_group(entries, *free):
 def geometric_mean(values):
     """(S, W) -> (W,) over the seeds; nan where a seed has no positive value."""
     values = floats(values)
-    ok = (np.isfinite(values) & (values > 0)).all(0)
-    return np.where(ok, np.exp(np.log(np.where(ok, values, 1.0)).mean(0)), np.nan)
+    logs = np.log(np.where(values > 0, values, np.nan))
+    return np.exp(logs.mean(0))
 
 
 def fit_line(widths, values, exponent, at=None):
@@ -191,14 +189,14 @@ def panels(count, width, height, columns=3, ylabel="", **kwargs):
 
 
 def layer_panels(entries, kinds, layers, height):
-    """(figure, {(kind, layer): axes}), a row per kind, a column per layer, shown where there is an entry."""
+    """(figure, {(kind, layer): axes} of the entries): a row per kind, a column per layer."""
     figure, axes = panels(2 * layers, 2.75, height, layers)
     found = {}
     for row, (kind, symbol) in zip(axes, kinds.items()):
         for layer, ax in enumerate(row):
             ax.set_title(f"{'readout' if layer == layers - 1 else f'layer {layer + 1}'}: {symbol}")
             ax.set_visible(bool(where(entries, kind=kind, layer=layer)))
-            found[kind, layer] = ax
+            found |= {(kind, layer): ax} if ax.get_visible() else {}
     return figure, found
 
 
@@ -219,8 +217,8 @@ def look(i):
 
 
 def loss_colour(loss):
-    """The same in every figure; a loss without a name comes behind the named six."""
-    return COLOURS[[*list(NAMES)[:6], loss].index(loss)]
+    """The same in every figure; black if it has no name."""
+    return COLOURS[[*NAMES, loss].index(loss) % 7]
 
 
 def shades(entries):
@@ -300,7 +298,7 @@ def loss_line(ax, lr, losses, edge, label, color):
 
 
 def lr_transfer(summary):
-    """loss against LR, for up to four curves also × (n / n0)^-(predicted exponent); a line per width (Fig. 5)"""
+    """loss against LR, for up to four curves also rescaled by the prediction; a line per width (Fig. 5)"""
     rows = curves(summary)
     count, colours = len(rows), shades(rows)
     few = count <= 4
@@ -322,11 +320,9 @@ def loss_panel(ax, row, exponent, colours):
     scaled = f" × (n / {row['base_width']})$^{{{-exponent:g}}}$" if exponent else ""
     ax.set(xscale="log", xlabel="learning rate" + scaled)
     log_ticks(ax.xaxis)
-    seen = np.concatenate([floats(curve["train_loss"]).ravel() for curve in row["curves"]])
-    low, chance = np.nanmin(seen), row["chance_loss"]
-    top = max(chance + 0.12 * (chance - low), min(np.nanmax(seen), 1.7 * chance))
-    ax.axhline(chance, **DASHED)
-    ax.set_ylim(low - 0.06 * (top - low), top)
+    low = min(np.nanmin(floats(curve["train_loss"]), initial=np.inf) for curve in row["curves"])
+    ax.axhline(row["chance_loss"], **DASHED)
+    ax.set_ylim(low - 0.05 * row["chance_loss"], 1.25 * row["chance_loss"])
 
 
 def exponents(summary):
@@ -369,10 +365,12 @@ def optimal_lr(summary):
     return finish(figure, setting(summary))
 
 
-def regular(row):
-    """Whether at least three widths have eight LRs or more in equal steps, as a grid has."""
+def gridded(row):
+    """The row at those of its widths that have eight LRs or more in equal steps, as a grid has."""
     steps = [np.diff(np.log(curve["lr"])) for curve in row["curves"]]
-    return len(steps) > 2 and all(len(step) > 6 and np.ptp(step) < 0.01 * step.mean() for step in steps)
+    keep = [i for i, step in enumerate(steps) if len(step) > 6 and np.ptp(step) < 0.01 * step.mean()]
+    lists = "widths", "optimal_lr", "max_stable_lr", "min_unstable_lr", "curves"
+    return {**row, **{key: [row[key][i] for i in keep] for key in lists}}
 
 
 def relative_loss(row, curve):
@@ -382,7 +380,7 @@ def relative_loss(row, curve):
 
 def phase(summary):
     """what a grid of LRs does at every width: trains, stays at chance or diverges; the edge as a staircase"""
-    rows = some(list(filter(regular, curves(summary))))
+    rows = some([row for row in map(gridded, curves(summary)) if len(row["widths"]) > 2])
     figure, axes = panels(len(rows), 3.5, 4.1, ylabel="learning rate", sharey=True)
     norm = Normalize(min(relative_loss(row, curve).min() for row in rows for curve in row["curves"]), 1.0)
     for ax, row in zip(axes.flat, rows):
@@ -579,7 +577,7 @@ def updates(summary, step=1):
             label = f"{name_of(entry, entries)}: {signed(exponent)} ({signed(entry['predicted'])})"
             trend(ax, entry["widths"], geometric_mean(entry["values"]), exponent, label, **look(i))
             ax.set_yscale("log")
-    for ax in filter(Axes.get_visible, axes.values()):
+    for ax in axes.values():
         low, high = ax.get_ylim()
         ax.set_ylim(low, high * (high / low) ** (0.15 + 0.13 * len(each)))        # room for the legend
         ax.legend(fontsize=7.5, loc="upper left", borderaxespad=0.1, handlelength=1.2)
@@ -660,15 +658,14 @@ def linear_net(summary):
               "one_step": "|loss decrease| after one step"}
     figure, axes = panels(3, 3.4, 4.6)
     for ax, (part, title) in zip(axes.flat, titles.items()):
-        drawn = {None}
         for i, entry in enumerate(parts[part]):
-            name, predicted = words(entry, ("param", "alpha", "step", "warmup")), entry["predicted"]
+            name = words(entry, ("param", "alpha", "step", "warmup"))
             if entry.get("warmup_exponent"):
                 name += f" × (n / {entry['base_width']})$^{{{entry['warmup_exponent']:g}}}$"
             values = edge_of(entry) if part == "edges" else geometric_mean(entry["values"])
+            predicted = None if part == "distance" and i else entry["predicted"]        # the same for all
             trend(ax, entry["widths"], values, entry["exponent"], f"{name}: {fitted(entry)}", COLOURS[i % 7],
-                  marker="os^Dv"[i % 5], predicted=None if predicted in drawn else predicted)
-            drawn.add(predicted)
+                  marker="os^Dv"[i % 5], predicted=predicted)
         width_axis(ax, entry["widths"], title=title)
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return finish(figure, "Closed-form linear net f = x uᵀv, one sample, squared loss. "
@@ -707,11 +704,11 @@ def draw(out, only=None):
                 for file in (folder / f"{name}.png", folder / f"{name}.pdf"):
                     figure.savefig(file)
                     written.append(file)
+        except Absent as error:
+            failed += [f"{name!r} cannot be drawn: {error}"] if only else []
         except Exception as error:
-            if only or not isinstance(error, Absent):
-                failed.append(f"{name!r} cannot be drawn: {error if isinstance(error, Absent) else repr(error)}")
-            if not isinstance(error, Absent):
-                traceback.print_exc()
+            traceback.print_exc()
+            failed.append(f"{name!r} cannot be drawn: {type(error).__name__}")
         plt.close("all")
     if failed:
         raise PlotError(f"{path}: {'; '.join(failed)}")

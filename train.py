@@ -623,8 +623,12 @@ def add_flags(parser, several=(), without=(), defaults=()):
     for name, (default, kind, text) in SETTINGS.items():
         default = dict(defaults).get(name, default)
         flag = "--" + name.replace("_", "-")
-        others = {str(values[name]): model for (model, _), values in DEFAULTS.items() if name in values}
-        others = "".join(f"; {model}: {value}" for value, model in others.items())
+        others = {}
+        for (model, optimizer), values in DEFAULTS.items():
+            if name in values:
+                alike = all(DEFAULTS[model, other].get(name) == values[name] for other in param.OPTIMIZERS)
+                others[model if alike else f"{model} {optimizer}"] = values[name]
+        others = "".join(f"; {where}: {value}" for where, value in others.items())
         words = f"{text} (default {default}{others})".replace("%", "%%")
         if kind is FLAG:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=words)
