@@ -22,6 +22,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,6 +46,7 @@ CRITERIA = {    # name: (default X, stable(final train loss, accuracy, seed's lo
                  "loss within X times the lowest at that width and seed"),
 }
 DIVERGED = 1e30         # stands for the infinite loss of a diverged run, so that means stay numbers
+CURVED, CERTAIN = 0.99, 0.9999      # confidence at which a curvature counts, and ends the search for it
 
 
 def criteria_help():
@@ -156,76 +158,104 @@ def edges(losses, stable):
     return found
 
 
-def window(losses, usable):
-    """Columns (first, last) around the lowest mean loss that show its curvature: widened until both ends
-    rise clearly above the seeds' scatter, over usable columns (K,) alone. losses (S, K)."""
-    best, last = int(losses.mean(0).argmin()), losses.shape[1] - 1
-    low, high = best, best
-
-    def rise(k):                                # of column k over the best one: mean, and its standard error
-        rises = losses[:, k] - losses[:, best]
-        return rises.mean(), rises.std(ddof=1) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
-
-    def clear(k):
-        mean, error = rise(k)
-        return k != best and mean > 3 * error
-
-    while low > 0 and usable[low - 1] and not clear(low):
-        low -= 1
-    while high < last and usable[high + 1] and not clear(high):
-        high += 1
-    return low, high
-
-
-def optimum(cell, stable):
-    """(log optimal LR of each seed (S,), is it the last stable LR?) of a cell; nan where every LR had a
-    divergence.
-
-    A parabola in log LR over `window`, with one curvature for all seeds: y_s = a x² + b_s x + c_s, vertex
-    -b_s / 2a. Where the next higher LR is unstable for some seed, the optimum is at a cliff, and each
-    seed's own argmin stands.
-    """
-    losses, log_lr = cell["losses"], np.log(cell["lr"])
-    usable = (losses < DIVERGED).all(0)
-    best, seeds = int(losses.mean(0).argmin()), len(losses)
-    if not usable[best]:
-        return np.full(seeds, math.nan), False
-    at_edge = best + 1 < len(log_lr) and not stable[:, best + 1].all()
-    own = log_lr[np.where(usable, losses, math.inf).argmin(1)]
-    low, high = window(losses, usable & stable.all(0))
-    if at_edge or high - low < 2 or best in (low, high):
-        return own, at_edge
-    x = log_lr[low:high + 1] - log_lr[best]
-    y = losses[:, low:high + 1]
-    a, b = shared_parabola(x, y)
-    if a <= 0:
-        return own, at_edge
-    return log_lr[best] + (-b / (2 * a)).clip(x[0], x[-1]), at_edge
+class Parabola(NamedTuple):
+    """y_s = a (x - vertex_s)² + c_s of S seeds over K columns."""
+    a: float
+    a_error: float          # standard errors: of a
+    mean_error: float       # of the difference of two columns' means
+    vertices: np.ndarray    # (S,)
+    vertex_error: float     # of all vertices alike, due to a's
+    freedom: int
 
 
 def shared_parabola(x, y):
-    """(a, b (S,)) of the least squares y_s = a x² + b_s x + c_s; x (K,), y (S, K)."""
-    basis = np.stack([np.ones_like(x), x], 1)           # each seed's line, taken out of x²
-    square = x ** 2 - basis @ np.linalg.lstsq(basis, x ** 2, rcond=None)[0]
+    """Least squares, one curvature for all seeds; x (K,), y (S, K). None where that leaves no residuals."""
+    seeds, freedom = len(y), y.size - 2 * len(y) - 1
+    if len(x) < 3 or freedom < 1:
+        return None
+    line = x - x.mean()
+    skew = (line ** 3).sum() / (line @ line)
+    square = line ** 2 - (line ** 2).mean() - skew * line       # orthogonal to 1 and line
+    b = y @ line / (line @ line)                                # (S,)
     a = (y @ square).mean() / (square @ square)
-    return a, np.linalg.lstsq(basis, (y - a * x ** 2).T, rcond=None)[0][1]
+    residuals = y - y.mean(1, keepdims=True) - np.outer(b, line) - a * square
+    noise = math.sqrt(np.square(residuals).sum() / freedom)
+    a_error = noise / math.sqrt(seeds * (square @ square))
+    with np.errstate(divide="ignore", invalid="ignore"):        # no curvature: no vertex
+        shifts = -b / (2 * a)
+        vertex_error = abs(shifts.mean() / a) * a_error
+    vertices = x.mean() + skew / 2 + shifts
+    return Parabola(a, a_error, noise * math.sqrt(2 / seeds), vertices, vertex_error, freedom)
+
+
+def exceeds(fit, value, error, level):
+    """Is a value above zero, given its standard error?"""
+    return value > metrics.t_quantile(level, fit.freedom) * error
+
+
+def window(log_lr, losses, usable):
+    """(first, last column, their shared parabola or None, open) around the lowest mean loss.
+
+    Widened over usable columns (K,), the nearer one first, until the curvature is certain, but beyond no mean
+    that is certainly above the lowest. open: LRs below the first column are missing. losses (S, K).
+    """
+    mean, fit = losses.mean(0), None
+    best = first = last = int(mean.argmin())
+
+    def ends(k):
+        return fit and exceeds(fit, mean[k] - mean[best], fit.mean_error, CERTAIN)
+
+    while not (fit and exceeds(fit, fit.a, fit.a_error, CERTAIN)):
+        left = first > 0 and usable[first - 1] and not ends(first)
+        right = last + 1 < len(mean) and usable[last + 1] and not ends(last)
+        if not left and not right:
+            return first, last, fit, first == 0 and not ends(first)
+        if left and (not right or log_lr[best] - log_lr[first - 1] <= log_lr[last + 1] - log_lr[best]):
+            first -= 1
+        else:
+            last += 1
+        fit = shared_parabola(log_lr[first:last + 1], losses[:, first:last + 1])
+    return first, last, fit, False
+
+
+def optimum(log_lr, losses, stable):
+    """(log optimal LR of each seed (S,), width of the interval in which all may be off, is it the last stable
+    LR?) of losses (S, K); nan where every LR had a divergence.
+
+    Vertices of the parabola in `window`, off by its error and, as no curve is a parabola, by the grid's step.
+    Where the losses show none, or fall up to a cliff, each seed's own argmin: off by a step at a cliff, else
+    by the range of LRs whose mean loss is not above the lowest.
+    """
+    mean, step = losses.mean(0), np.diff(log_lr).min() if len(log_lr) > 1 else math.nan
+    best, own = int(mean.argmin()), log_lr[losses.argmin(1)]
+    if not (losses[:, best] < DIVERGED).all():
+        return np.full(len(losses), math.nan), math.nan, False
+    first, last, fit, _ = window(log_lr, losses, stable.all(0))
+    at_edge = best + 1 < len(log_lr) and not stable[:, best + 1].all()
+    curved = fit and exceeds(fit, fit.a, fit.a_error, CURVED)
+    if curved and log_lr[first] <= fit.vertices.mean() <= log_lr[last]:
+        return fit.vertices, math.hypot(step, math.sqrt(12) * fit.vertex_error), at_edge
+    if at_edge:
+        return own, step, at_edge
+    low = [log_lr[k] for k in range(first, last + 1)
+           if not fit or not exceeds(fit, mean[k] - mean[best], fit.mean_error, CURVED)]
+    return own, max(step, max(low) - min(low)), at_edge
 
 
 def points_of(cell, criterion):
-    """What a cell says of optimum and edge: {"optimal": log LR (S,), "stable", "unstable": log LR (S,) of
-    each seed's bracket, nan where there is none, "at_edge": is the optimum the last stable LR?, "step": log
-    of the grid's ratio}."""
+    """What a cell says of optimum and edge: {"optimal": log LR (S,), "within": width of the interval in which
+    all of them may be off, "stable", "unstable": log LR (S,) of each seed's bracket, nan where there is none,
+    "at_edge": is the optimum the last stable LR?}."""
     stable, log_lr = stability(cell, criterion), np.log(cell["lr"])
-    optimal, at_edge = optimum(cell, stable)
+    optimal, within, at_edge = optimum(log_lr, cell["losses"], stable)
     brackets = np.array([[math.nan if k is None else log_lr[k] for k in pair]
                          for pair in edges(cell["losses"], stable)])        # (S, 2)
-    step = np.diff(log_lr).min() if len(log_lr) > 1 else math.nan
-    return {"optimal": optimal, "stable": brackets[:, 0], "unstable": brackets[:, 1], "at_edge": at_edge,
-            "step": step}
+    return {"optimal": optimal, "within": within, "stable": brackets[:, 0], "unstable": brackets[:, 1],
+            "at_edge": at_edge}
 
 
-def exponent_of(widths, values, steps):
-    """(slope, [low, high], widths that count) of log LRs (S, W) read from grids of these steps (W,), in log.
+def exponent_of(widths, values, within):
+    """(slope, [low, high], widths that count) of log LRs (S, W), each width's known within an interval (W,).
 
     A width counts where every seed has a value; nan below two of them. Interval: metrics.exponent_interval.
     """
@@ -233,23 +263,23 @@ def exponent_of(widths, values, steps):
     if len(set(np.array(widths)[have])) < 2:
         return math.nan, [math.nan, math.nan], int(have.sum())
     known = np.array(widths)[have], np.exp(values[:, have])
-    interval = metrics.exponent_interval(*known, resolution=np.exp(steps[have]), equal_noise=True)
+    interval = metrics.exponent_interval(*known, resolution=np.exp(within[have]), equal_noise=True)
     return metrics.fit_exponent(*known)[0], list(interval), int(have.sum())
 
 
 def exponents_of(points, widths):
     """{"optimal": ..., "max_stable": ...} as exponent_of, from the points of every width.
 
-    The edge is a property of a run: each seed's bracket counts by its middle, as uncertain as the bracket
-    is wide.
+    The edge is a property of a run: each seed's bracket counts by its middle, and their mean is known within
+    the mean bracket.
     """
     def column(name):
         return np.stack([point[name] for point in points], 1)               # (S, W)
 
     gaps = column("unstable") - column("stable")
-    wide = np.sqrt(np.square(gaps).mean(0))
-    return {"optimal": exponent_of(widths, column("optimal"), np.array([point["step"] for point in points])),
-            "max_stable": exponent_of(widths, column("stable") + gaps / 2, wide)}
+    within = np.array([point["within"] for point in points])
+    return {"optimal": exponent_of(widths, column("optimal"), within),
+            "max_stable": exponent_of(widths, column("stable") + gaps / 2, gaps.mean(0))}
 
 
 # ---- the rows of summary.json ----
@@ -290,6 +320,13 @@ def summarize(rows, criterion="chance", curves=None, widths=None, seeds=None):
     return summary
 
 
+def local_slopes(widths, points):
+    """Slopes of the edge's log LR (the brackets' middles, seed means) between neighbouring widths (W -
+    1,)."""
+    edge = [float((point["stable"] + point["unstable"]).mean()) / 2 for point in points]
+    return (np.diff(edge) / np.diff(np.log(widths))).tolist()
+
+
 def summarize_curve(curve, cells, widths, failed, criterion, shared):
     """The summary of one curve from its cells, one per width; failed: widths at which a run did not fit into
     memory."""
@@ -308,6 +345,7 @@ def summarize_curve(curve, cells, widths, failed, criterion, shared):
         "optimal_exponent": fits["optimal"][0], "optimal_interval": fits["optimal"][1],
         "max_stable_exponent": fits["max_stable"][0], "max_stable_interval": fits["max_stable"][1],
         "predicted_max_stable_exponent": told["alpha"] - bound,
+        "local_max_stable": local_slopes(widths, points),
         "optimum_at_edge": [bool(point["at_edge"]) for point in points],
         "best_train_accuracy": [float(cell["accuracies"].mean(0).max()) for cell in cells],
         "best_train_loss": [float(mean[k]) if (cell["losses"][:, k] < DIVERGED).all() else math.nan
@@ -414,14 +452,17 @@ def alignment_course(values, roles, steps):
 
 
 def course(values, roles, steps):
-    """Seed means [W][T] of the logits' change, the hidden layers' effective update (their mean) and the
+    """Geometric means over seeds [W][T] of the logits' change, the hidden layers' effective updates and the
     loss."""
     hidden = [name for name, role in roles.items() if role == "hidden"]
-    means = {"logits_change": [np.array(values(step, "", "change")).mean(0) for step in steps],
-             "hidden_update": [np.mean([values(step, name, "effective") for name in hidden], axis=(0, 1))
-                               if hidden else np.array(values(step, "", "none")).mean(0) for step in steps],
-             "train_loss": [np.array(values(step, "", "loss")).mean(0) for step in steps]}
-    return {name: np.transpose(lines).tolist() for name, lines in means.items()}
+    tracked = {"logits_change": ([""], "change"), "hidden_update": (hidden, "effective"),
+               "train_loss": ([""], "loss")}
+    means = {}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for name, (modules, quantity) in tracked.items():
+            norms = np.array([[values(step, module, quantity) for module in modules] for step in steps])
+            means[name] = np.exp(np.log(norms).mean((1, 2))).T.tolist() if modules else []
+    return means
 
 
 def rms_distance(outputs, others):
@@ -517,12 +558,15 @@ def table(summary):
         cliffs = f"  (the last stable LR at {cliffs} of {len(row['widths'])} widths)" if cliffs else ""
         lines.append(f"{name_of(row)}{'no bound' if predicted is None else f'{predicted:+.2f}':>10}   "
                      f"{measured(row, 'max_stable'):22}{measured(row, 'optimal')}{cliffs}")
-    lines += ["", f"{head}{'width':>6}  {'optimal LR':>10}  {'loss there':>10}  stable up to  unstable from"]
+    lines += ["", f"{head}{'width':>6}  {'optimal LR':>10}  {'loss there':>10}  stable up to  unstable from  "
+              "slope from the width before"]
     for row in summary:
         for i, width in enumerate(row["widths"]):
+            slope = row["local_max_stable"][i - 1] if i else None
             lines.append(f"{name_of(row)}{width:6}  {lr(row['optimal_lr'][i]):>10}  "
                          f"{lr(row['best_train_loss'][i]):>10}  {lr(row['max_stable_lr'][i]):>12}  "
-                         f"{lr(row['min_unstable_lr'][i]):>13}")
+                         f"{lr(row['min_unstable_lr'][i]):>13}  {'' if slope is None else f'{slope:+.2f}':>5}"
+                         .rstrip())
     chances = {row["loss"]: row["chance_loss"] for row in summary}
     unigram = " (the tokens' unigram entropy)" if "ce" in chances and summary[0]["model"] == "gpt" else ""
     chances = ", ".join(f"{loss} {value:.3g}" for loss, value in chances.items())

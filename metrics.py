@@ -26,7 +26,7 @@ import inspect
 import math
 import warnings
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -526,11 +526,12 @@ def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=Fa
     return slope - half, slope + half
 
 
+@cache
 def t_quantile(probability, freedom):
     """Quantile of Student's t, above the median, by integrating its density over atan(t / sqrt(freedom))."""
     if math.isinf(freedom):
         return NormalDist().inv_cdf(probability)
-    angle = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)
+    angle = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)
     mass = torch.cumulative_trapezoid(angle.cos().clamp_min(0).pow(freedom - 1), angle)
     at = torch.searchsorted(mass, (2 * probability - 1) * mass[-1]).item()
     return math.sqrt(freedom) * math.tan(angle[at + 1].item())

@@ -1,11 +1,7 @@
 """Figures from result files alone: python plots.py out/NAME [FIGURE ...] draws what its summary.json shows.
 
-    of an LR sweep        lr_transfer exponents optimal_lr phase bounded losses calibration
-    of tracked runs       regimes course updates later_updates alignment limit tensor_kinds
-    of linear_net.py      linear_net                                        (--help says what they show)
-
-Each function takes the content of summary.json and returns a matplotlib figure, or raises Absent. Figures and
-propositions are those of arXiv 2505.22491. Needs numpy and matplotlib only.
+Each function takes the content of summary.json and returns a matplotlib figure, or raises Absent; `--help`
+tells what they show. Figures and propositions are those of arXiv 2505.22491. Needs numpy and matplotlib only.
 
     n width   α exponent in LR ∝ n^-α   S seeds   W widths   K LRs   T steps
     edge: between the largest stable and the smallest unstable LR
@@ -26,13 +22,15 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 STYLE = {
     "figure.constrained_layout.use": True, "savefig.dpi": 160, "font.size": 10, "axes.titlesize": 10.5,
     "figure.titlesize": 10.5, "legend.fontsize": 8.5, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "grid.linewidth": 0.6, "lines.linewidth": 1.4, "lines.markersize": 4.5,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.2,
+    "lines.linewidth": 1.4, "lines.markersize": 4.5,
 }
 # The colour-blind-safe set of Okabe and Ito.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHED = {"color": "0.35", "linestyle": "--", "linewidth": 1.1, "zorder": 1}
 TRAINED = LinearSegmentedColormap.from_list("trained", ("#0B4F8A", "#6FB1D6", "#E3F0F4"))
+BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}         # places of a legend
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
 REGIMES = {"catastrophic": "#F7DAD3", "controlled divergence": "#FBF1CC", "stable": "#DDEEE3"}
 UPDATES = {"effective": "RMS of ΔW x", "propagating": "RMS of W₀ Δx"}
 ALIGNMENTS = {"operator_update": "ΔW and x", "operator_propagating": "W₀ and Δx"}
@@ -61,54 +59,52 @@ class Absent(PlotError):
     """The summary has not what a figure shows."""
 
 
-def some(entries, least=1):
-    if len(entries) < least:
+def some(rows, least=1):
+    if len(rows) < least:
         raise Absent("summary.json holds nothing of it")
-    return entries
+    return rows
 
 
 def named(value):
     return NAMES.get(value, value)
 
 
-def words(entry, keys):
-    said = [WORDS.get(key, named)(entry[key]) for key in keys if entry.get(key) is not None]
+def words(row, keys):
+    said = [WORDS.get(key, named)(row[key]) for key in keys if row.get(key) is not None]
     return ", ".join(word for word in said if word)
 
 
-def differing(entries):
-    return [key for key in CURVE if len({entry.get(key) for entry in entries}) > 1]
+def differing(rows):
+    return [key for key in CURVE if len({row.get(key) for row in rows}) > 1]
 
 
-def name_of(entry, entries):
+def name_of(row, rows):
     """What tells this curve from the others: the settings that differ among them, or its loss."""
-    return words(entry, differing(entries) or ["loss"])
+    return words(row, differing(rows) or ["loss"])
 
 
-def setting(summary, entries=None):
-    """What all runs of a sweep have in common, of `entries` also the settings on which they agree."""
-    hidden, layers = summary["hidden_layers"], summary["layers"]
-    depth = {"mlp": f"{hidden} hidden layer{'s' * (hidden > 1)}", "gpt": f"GPT, {layers} layers"}
-    model = depth.get(summary["model"], summary["model"])
-    said = f"{summary['data'].replace('_', '-')}, {model}, {WORDS['step'](summary['steps'])}"
-    if not entries:
-        return said
-    told = [key for key in CURVE if key not in differing(entries)]
-    return f"{said}, {words(entries[0], told)}".replace(", no warmup", "")
+def setting(summary, rows=None):
+    """What all runs of a sweep have in common, of `rows` also the settings on which they agree."""
+    hidden = summary["hidden_layers"]
+    depth = {"mlp": f"{hidden} hidden layer{'s' * (hidden > 1)}", "gpt": f"GPT, {summary['layers']} layers"}
+    said = [summary["data"].replace("_", "-"), depth.get(summary["model"], summary["model"])]
+    said.append(WORDS["step"](summary["steps"]))
+    if rows:
+        said.append(words(rows[0], [key for key in CURVE if key not in differing(rows)]))
+    return ", ".join(said).replace(", no warmup", "")
 
 
 def signed(value):
-    rounded = f"{value or 0.0:.2f}".replace("-0.00", "0.00").replace("-", "−")
-    return "?" if value is None else rounded
+    return "?" if value is None else f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
 
 
 def power(exponent):
     return f"$n^{{{signed(exponent)}}}$"
 
 
-def fitted(entry, prefix=""):
+def fitted(row, prefix=""):
     """'n^exponent [interval]', empty where nothing was fitted."""
-    exponent, (low, high) = entry[prefix + "exponent"], entry[prefix + "interval"]
+    exponent, (low, high) = row[prefix + "exponent"], row[prefix + "interval"]
     within = f" [{signed(low)}, {signed(high)}]" if low is not None else ""
     return "" if exponent is None else power(exponent) + within
 
@@ -122,8 +118,8 @@ def unique(values):
     return list(dict.fromkeys(values))
 
 
-def where(entries, **wanted):
-    return [entry for entry in entries if all(entry[key] == value for key, value in wanted.items())]
+def where(rows, **wanted):
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def curves(summary):
@@ -132,23 +128,23 @@ def curves(summary):
 
 
 def tracked(summary, name, mlp=True, **wanted):
-    """The entries of a tracked quantity, such as step=1, that have a width at which no seed diverged."""
+    """The rows of a tracked quantity, such as step=1, that have a width at which no seed diverged."""
     found = where(summary.get(name, ()), **wanted) if (summary.get("model") == "mlp") == mlp else ()
-    return some([entry for entry in found if np.isfinite(geometric_mean(entry["values"])).any()])
+    return some([row for row in found if np.isfinite(geometric_mean(row["values"])).any()])
 
 
-def groups(entries, *free):
-    """{setting: entries}, all that agree on every setting but the free ones."""
+def groups(rows, *free):
+    """{setting: rows}, all that agree on every setting but the free ones."""
     found = {}
-    for entry in entries:
-        key = tuple(entry.get(name) for name in CURVE if name not in free)
-        found[key] = [*found.get(key, ()), entry]
+    for row in rows:
+        key = tuple(row.get(name) for name in CURVE if name not in free)
+        found[key] = [*found.get(key, ()), row]
     return found
 
 
-def widest_group(entries, *free):
+def widest_group(rows, *free):
     """The group with most values of the first free setting."""
-    return max(groups(entries, *free).values(), key=lambda group: len({entry[free[0]] for entry in group}))
+    return max(groups(rows, *free).values(), key=lambda group: len({row[free[0]] for row in group}))
 
 
 def geometric_mean(values):
@@ -158,11 +154,10 @@ def geometric_mean(values):
     return np.exp(logs.mean(0))
 
 
-def fit_line(widths, values, exponent, at=None):
-    """value ~ width^exponent through the geometric mean of the values (W,), at the widths or elsewhere."""
+def fit_line(widths, values, exponent):
+    """value ~ width^exponent through the geometric mean of the values (W,)."""
     ok, logs = np.isfinite(values), np.log(widths)
-    scale = np.exp(np.mean(np.log(values[ok]) - exponent * logs[ok]))
-    return scale * floats(widths if at is None else at) ** exponent
+    return np.exp(np.mean(np.log(values[ok]) - exponent * logs[ok]) + exponent * logs)
 
 
 def slope(widths, values):
@@ -177,38 +172,38 @@ def edge_of(row):
 
 
 def panels(count, width, height, columns=3, ylabel="", **kwargs):
-    """(figure, axes (rows, columns)) of panels `width` by `height` inches; those beyond `count` are not shown."""
+    """(fig, axes (rows, columns)) of `width` by `height` inches; those beyond `count` are not shown."""
     columns = min(count, columns)
     rows = -(-count // columns)
     size = width * columns + 0.6, height * rows + 0.4
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **kwargs)
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **kwargs)
     for i, ax in enumerate(axes.flat):
-        ax.set_visible(i < count)
-        ax.set_ylabel("" if i % columns else ylabel)
-    return figure, axes
+        ax.set(visible=i < count, ylabel="" if i % columns else ylabel)
+    return fig, axes
 
 
-def layer_panels(entries, kinds, layers, height):
-    """(figure, {(kind, layer): axes} of the entries): a row per kind, a column per layer."""
-    figure, axes = panels(2 * layers, 2.75, height, layers)
-    found = {}
-    for row, (kind, symbol) in zip(axes, kinds.items()):
-        for layer, ax in enumerate(row):
-            ax.set_title(f"{'readout' if layer == layers - 1 else f'layer {layer + 1}'}: {symbol}")
-            ax.set_visible(bool(where(entries, kind=kind, layer=layer)))
-            found |= {(kind, layer): ax} if ax.get_visible() else {}
-    return figure, found
+def layer_panels(rows, kinds, layers, height):
+    """(fig, {(kind, layer): axes} of the rows): a row per kind, a column per layer."""
+    fig, axes = panels(2 * layers, 2.75, height, layers)
+    found = dict.fromkeys((row["kind"], row["layer"]) for row in rows)
+    for (i, j), ax in np.ndenumerate(axes):
+        kind, symbol = list(kinds.items())[i]
+        ax.set_visible((kind, j) in found)
+        ax.set_title(f"{'readout' if j == layers - 1 else f'layer {j + 1}'}: {symbol}")
+        if ax.get_visible():
+            found[kind, j] = ax
+    return fig, found
 
 
-def finish(figure, title, legend=None):
+def finish(fig, title, legend=None):
     """The title, in lines that fit; with a legend's title, also one legend of all labels at the right."""
-    figure.suptitle(textwrap.fill(title, int(13 * figure.get_figwidth()), break_on_hyphens=False))
+    fig.suptitle(textwrap.fill(title, int(13 * fig.get_figwidth()), break_on_hyphens=False))
+    handles = {}
+    for ax in fig.axes[::-1]:
+        handles.update(zip(*ax.get_legend_handles_labels()[::-1]))
     if legend:
-        handles = {}
-        for ax in figure.axes[::-1]:
-            handles.update(zip(*ax.get_legend_handles_labels()[::-1]))
-        figure.legend(handles.values(), handles, title=legend, loc="outside right center")
-    return figure
+        fig.legend(handles.values(), handles, title=legend, loc="outside right center")
+    return fig
 
 
 def look(i):
@@ -221,14 +216,14 @@ def loss_colour(loss):
     return COLOURS[[*NAMES, loss].index(loss) % 7]
 
 
-def shades(entries):
+def shades(rows):
     """{width: colour}, dark is wide."""
-    widths = sorted({width for entry in entries for width in entry["widths"]})
+    widths = sorted({width for row in rows for width in row["widths"]})
     return dict(zip(widths, plt.get_cmap("viridis_r")(np.linspace(0.12, 1.0, len(widths)))))
 
 
-def width_axis(ax, widths, yscale="log", beside=False, **labels):
-    """Ticks at the widths, every other or powers of two where they would crowd; a legend beside if asked."""
+def width_axis(ax, widths, legend=None, yscale="log", **labels):
+    """Ticks at the widths, every other or as powers of two where they would crowd; a legend if asked."""
     widths = sorted(set(map(int, widths)), reverse=True)
     doubling = widths[0] > 5000 and all(width & (width - 1) == 0 for width in widths)
     ax.set(**{"xscale": "log", "yscale": yscale, "xlabel": "width n", **labels})
@@ -238,12 +233,12 @@ def width_axis(ax, widths, yscale="log", beside=False, **labels):
     ax.xaxis.set_minor_locator(NullLocator())
     if yscale == "log":
         log_ticks(ax.yaxis)
-    if beside:
-        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if legend and ax.lines:
+        ax.legend(**legend)
 
 
 def log_ticks(axis):
-    """Plain labels at 1, 2 and 5 where a log axis spans less than two decades, closer ones on a short one."""
+    """Plain labels at 1, 2 and 5 where a log axis spans less than two decades, closer on a short one."""
     low, high = axis.get_view_interval()
     if high < 100 * low:
         close = MaxNLocator(4, steps=(1, 2, 5, 10))
@@ -258,43 +253,43 @@ def trend(ax, widths, values, exponent, label, color, linestyle="-", marker="o",
     ax.plot(widths, values, zorder=3, **ink, ls="none")
     if exponent is not None:
         ax.plot(widths, fit_line(widths, values, exponent), color=color, ls=linestyle)
-    ax.plot([], [], label=label, **ink, ls="none" if exponent is None else linestyle)
+    ax.plot([], label=label, **ink, ls="none" if exponent is None else linestyle)
     if predicted is not None and np.isfinite(values).any():
         ax.plot(widths, 1.5 * fit_line(widths, values, predicted), **DASHED)
 
 
 def seeds_trend(ax, widths, values, label, **style):
     """A dot per seed (S, W), the fit through their geometric means, its exponent in the label."""
-    mean = geometric_mean(values)
-    exponent = slope(widths, mean)
-    ax.plot(widths, floats(values).T, "o", color=style["color"], ms=3, alpha=0.5)
-    trend(ax, widths, mean, exponent, label if exponent is None else f"{label}: {power(exponent)}", **style)
+    mean, dots = geometric_mean(values), floats(values).T
+    if (dots > 0).any():
+        exponent = slope(widths, mean)
+        ax.plot(widths, np.where(dots > 0, dots, np.nan), "o", color=style["color"], ms=3, alpha=0.5)
+        trend(ax, widths, mean, exponent, label + f": {power(exponent)}" * (exponent is not None), **style)
 
 
-def exponent_points(ax, x, entries, ticks=0.0, **kwargs):
-    """Measured exponents at x (N,), 95 % intervals as bars, predictions as ticks if these have a length."""
-    y, predicted = (floats(entry[key] for entry in entries) for key in ("exponent", "predicted"))
-    ends = floats(entry["interval"] for entry in entries)
-    ax.errorbar(x, y, np.abs(ends.T - y), fmt="o", ms=4, mfc="white", elinewidth=1, **kwargs)
+def exponent_points(ax, x, rows, prefix="", ticks=0.0, **kwargs):
+    """Measured exponents at x (N,), 95 % intervals as bars, predictions as ticks of a length."""
+    y, low, high = floats([row[prefix + "exponent"], *row[prefix + "interval"]] for row in rows).T
+    ax.errorbar(x, y, (y - low, high - y), fmt="o", ms=4, mfc="white", elinewidth=1, **kwargs)
     if ticks:
+        predicted = floats(row[f"predicted_{prefix}exponent" if prefix else "predicted"] for row in rows)
         ax.hlines(predicted, x - ticks / 2, x + ticks / 2, color=kwargs["color"], lw=2.4, alpha=0.45)
 
 
 def loss_line(ax, lr, losses, edge, label, color):
-    """Seed mean of losses (S, K) against LR, the range over seeds as a band, the edge dotted.
+    """Seed mean of losses (S, K) against LR, a band over the seeds, the edge dotted.
 
-    The line stops where a seed diverged, and at a gap that a search left: it would tell nothing there.
+    The line stops where a seed diverged, and at gaps that a search left: it would tell nothing there.
     """
     ok = np.flatnonzero(np.isfinite(losses).all(0))
     gaps = np.diff(np.log(lr)[ok])
-    usual = 1.5 * np.median(gaps) if gaps.size else 0.0
-    ax.plot([], [], "o-", ms=2.6, color=color, label=label)
-    for part in np.split(ok, np.flatnonzero(gaps > max(np.log(4.1), usual)) + 1):
+    wide = gaps > max(np.log(4.1), 1.5 * np.median(gaps) if gaps.size else 0.0)
+    ax.plot([], "o-", ms=2.6, color=color, label=label)
+    for part in np.split(ok, np.flatnonzero(wide) + 1):
         values = losses[:, part]
         ax.plot(lr[part], values.mean(0), "o-", ms=2.6, color=color, zorder=3)
         ax.fill_between(lr[part], values.min(0), values.max(0), color=color, alpha=0.18, lw=0)
-    if np.isfinite(edge):
-        ax.axvline(edge, color=color, lw=1.0, ls=":")
+    ax.axvline(edge, color=color, lw=1.0, ls=":")
 
 
 def lr_transfer(summary):
@@ -302,13 +297,13 @@ def lr_transfer(summary):
     rows = curves(summary)
     count, colours = len(rows), shades(rows)
     few = count <= 4
-    figure, axes = panels(2 * count if few else count, 3.3, 2.8, count if few else 3, "final train loss")
+    fig, axes = panels(2 * count if few else count, 3.3, 2.8, count if few else 3, "final train loss")
     for column, row in zip(axes.T if few else axes.reshape(-1, 1), rows):
         column[0].set_title(name_of(row, rows))
         for ax, exponent in zip(column, (0.0, row["predicted_max_stable_exponent"] or 0.0)):
             loss_panel(ax, row, exponent, colours)
     title = f"{setting(summary)}. Dotted: stability edge. Dashed: constant predictor"
-    return finish(figure, title, legend="width")
+    return finish(fig, title, legend="width")
 
 
 def loss_panel(ax, row, exponent, colours):
@@ -328,7 +323,7 @@ def loss_panel(ax, row, exponent, colours):
 def exponents(summary):
     """optimal and largest stable LR against width, with fits and the predicted slope (Fig. 5, right)"""
     rows = curves(summary)
-    figure, axes = panels(len(rows), 3.7, 3.6, ylabel="learning rate", sharey="row")
+    fig, axes = panels(len(rows), 3.4, 3.6, ylabel="learning rate", sharey="row")
     for i, (ax, row) in enumerate(zip(axes.flat, rows)):
         color, edge, widths = COLOURS[i % 7], edge_of(row), row["widths"]
         predicted = row["predicted_max_stable_exponent"]
@@ -339,38 +334,32 @@ def exponents(summary):
         ax.plot([], **DASHED, label=f"predicted slope {power(predicted)}")
         label = f"optimal LR {fitted(row, 'optimal_')}"
         trend(ax, widths, floats(row["optimal_lr"]), row["optimal_exponent"], label, color, ":")
-        width_axis(ax, widths, title=name_of(row, rows))
-        ax.legend(loc="lower left", fontsize=8)
+        width_axis(ax, widths, BELOW, title=name_of(row, rows))
         ax.margins(x=0.08)
-    for ax in axes[:, 0]:
-        low, high = ax.get_ylim()
-        ax.set_ylim(low / (high / low) ** 0.4, high)             # room for the legends
-    return finish(figure, f"{setting(summary)}. Bars: from the largest stable to the smallest unstable LR. "
+    return finish(fig, f"{setting(summary)}. Bars: from the largest stable to the smallest unstable LR. "
                           "Legend: exponent [95 % interval]")
 
 
 def optimal_lr(summary):
     """optimal LR against width with fits, beside n^-1/2 and n^-1 (Fig. 1)"""
     rows = curves(summary)
-    figure, ((ax,),) = panels(1, 6.6, 3.6, ylabel="optimal learning rate")
+    fig, ((ax,),) = panels(1, 6.6, 3.6, ylabel="optimal learning rate")
     for i, row in enumerate(rows):
         label = f"{name_of(row, rows)} {fitted(row, 'optimal_')}"
         trend(ax, row["widths"], floats(row["optimal_lr"]), row["optimal_exponent"], label, **look(i))
-    # The reference slopes touch no data: one above all points, one below.
     widths, best = (floats(value for row in rows for value in row[key]) for key in ("widths", "optimal_lr"))
-    for exponent, style, extreme, factor in ((-0.5, "--", np.nanmax, 1.7), (-1.0, "-.", np.nanmin, 1 / 1.7)):
-        line = factor * extreme(best * widths ** -exponent) * np.sort(widths) ** exponent
-        ax.plot(np.sort(widths), line, style, color="0.45", lw=1.1, label=f"slope {power(exponent)}")
-    width_axis(ax, widths, beside=True)
-    return finish(figure, setting(summary))
+    every = np.unique(widths)
+    for exponent, style, extreme, off in ((-0.5, "--", np.nanmax, 1.7), (-1.0, "-.", np.nanmin, 0.6)):
+        line = off * extreme(best * widths ** -exponent) * every ** exponent        # touches no point
+        ax.plot(every, line, style, color="0.45", lw=1.1, label=f"slope {power(exponent)}")
+    width_axis(ax, every, BESIDE)
+    return finish(fig, setting(summary))
 
 
-def gridded(row):
-    """The row at those of its widths that have eight LRs or more in equal steps, as a grid has."""
+def regular(row):
+    """Whether there are three widths or more, with eight LRs or more in equal steps, as a grid has."""
     steps = [np.diff(np.log(curve["lr"])) for curve in row["curves"]]
-    keep = [i for i, step in enumerate(steps) if len(step) > 6 and np.ptp(step) < 0.01 * step.mean()]
-    lists = "widths", "optimal_lr", "max_stable_lr", "min_unstable_lr", "curves"
-    return {**row, **{key: [row[key][i] for i in keep] for key in lists}}
+    return len(steps) > 2 and all(len(step) > 6 and np.ptp(step) < 0.01 * step.mean() for step in steps)
 
 
 def relative_loss(row, curve):
@@ -380,8 +369,8 @@ def relative_loss(row, curve):
 
 def phase(summary):
     """what a grid of LRs does at every width: trains, stays at chance or diverges; the edge as a staircase"""
-    rows = some([row for row in map(gridded, curves(summary)) if len(row["widths"]) > 2])
-    figure, axes = panels(len(rows), 3.5, 4.1, ylabel="learning rate", sharey=True)
+    rows = some([row for row in curves(summary) if regular(row)])
+    fig, axes = panels(len(rows), 3.5, 4.1, ylabel="learning rate", sharey=True)
     norm = Normalize(min(relative_loss(row, curve).min() for row in rows for curve in row["curves"]), 1.0)
     for ax, row in zip(axes.flat, rows):
         phase_map(ax, row, norm)
@@ -389,17 +378,17 @@ def phase(summary):
         title = f"{name_of(row, rows)}\nedge {power(edge)}, predicted {power(predicted)}"
         width_axis(ax, row["widths"], title=title)
     colours = plt.cm.ScalarMappable(norm, TRAINED)
-    figure.colorbar(colours, ax=axes, label="loss / constant predictor's", shrink=0.6)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return finish(figure, setting(summary))
+    fig.colorbar(colours, ax=axes, label="loss / constant predictor's", shrink=0.6)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return finish(fig, setting(summary))
 
 
 def phase_map(ax, row, norm):
     """Cells that train in colour, those at chance hatched, those that diverged crossed out."""
     widths, best, edge = floats(row["widths"]), floats(row["optimal_lr"]), edge_of(row)
     predicted = row["predicted_max_stable_exponent"]
-    middles = np.sqrt(widths[1:] * widths[:-1])
-    bounds = np.array([widths[0] ** 2 / middles[0], *middles, widths[-1] ** 2 / middles[-1]])
+    steps = np.sqrt(widths[1:] / widths[:-1])
+    bounds = np.array([widths[0] / steps[0], *widths[:-1] * steps, widths[-1] * steps[-1]])
     chance = dict(fc="0.94", ec="0.6", hatch="////", lw=0)
     gone = dict(color="0.6", marker="x", ls="none", ms=4, mew=0.9)
     for width, curve, *sides in zip(widths, row["curves"], bounds, bounds[1:]):
@@ -415,8 +404,8 @@ def phase_map(ax, row, norm):
     ax.plot(widths, best, "o", color="black", mfc="white", zorder=5, label="optimum")
     ax.stairs(edge, bounds, baseline=None, color="black", lw=2.2, zorder=3, label="stability edge")
     if predicted is not None and np.isfinite(edge).any():
-        line = fit_line(widths, edge, predicted, at=bounds)
-        ax.plot(bounds, line, "--", color=COLOURS[1], lw=2, zorder=4, label="predicted slope")
+        line = fit_line(widths, edge, predicted)
+        ax.plot(widths, line, "--", color=COLOURS[1], lw=2, zorder=4, label="predicted slope")
     ax.set_xlim(bounds[[0, -1]])
     ax.grid(False)
 
@@ -425,24 +414,22 @@ def bounded(summary):
     """edge exponents of four losses or more beside their predictions; the loss at the widest net"""
     rows = some(widest_group(curves(summary), "loss"), least=4)
     rows = sorted(rows, key=lambda row: -(row["predicted_max_stable_exponent"] or 0.0))
-    figure, ((left, right),) = panels(2, 4.6, 3.4)
+    fig, ((left, right),) = panels(2, 4.6, 3.4)
     for place, row in enumerate(rows):
         color, curve = loss_colour(row["loss"]), row["curves"][-1]
-        edge = dict(exponent=row["max_stable_exponent"], interval=row["max_stable_interval"],
-                    predicted=row["predicted_max_stable_exponent"])
-        exponent_points(left, floats([place]), [edge], ticks=0.7, color=color, capsize=3)
-        left.axhline(floats([edge["predicted"]])[0], **DASHED)
+        exponent_points(left, floats([place]), [row], "max_stable_", ticks=0.7, color=color, capsize=3)
+        left.axhline(floats([row["predicted_max_stable_exponent"]])[0], **DASHED)
         values = relative_loss(row, curve)[None]            # (1, K)
         loss_line(right, floats(curve["lr"]), values, edge_of(row)[-1], named(row["loss"]), color)
     left.set_xticks(range(len(rows)), [named(row["loss"]).replace(" ", "\n") for row in rows])
-    left.set(ylabel="exponent of the largest stable LR", title="ticks: predicted; bars: 95 % intervals")
+    left.set(ylabel="exponent of the largest stable LR", title="ticks: predicted, bars: 95 % intervals")
     left.grid(axis="x", visible=False)
     right.axhline(1.0, **DASHED)
     right.set(xscale="log", xlabel="learning rate", ylabel="loss / constant predictor's",
               title=f"width {rows[0]['widths'][-1]}; dotted: stability edge")
     right.set_ylim(top=1.25)
     log_ticks(right.xaxis)
-    return finish(figure, setting(summary, rows), legend="loss")
+    return finish(fig, setting(summary, rows), legend="loss")
 
 
 def losses(summary):
@@ -450,7 +437,7 @@ def losses(summary):
     rows = curves(summary)
     names, each = some(unique(row["loss"] for row in rows), least=3), groups(rows, "loss").values()
     told = [key for key in differing(rows) if key != "loss"] or ["param"]
-    figure, axes = panels(len(each), 3.2, 3.1, ylabel="best validation accuracy (%)", sharey=True)
+    fig, axes = panels(len(each), 3.2, 3.1, ylabel="best validation accuracy (%)", sharey=True)
     for ax, group in zip(axes.flat, each):
         for row in group:
             seeds = 100 * floats(row["best_val_accuracy"])          # (W, S)
@@ -459,104 +446,102 @@ def losses(summary):
             ax.errorbar(floats(row["widths"]) * beside, mean, bars, fmt="o-", capsize=2.5,
                         color=loss_colour(row["loss"]), label=named(row["loss"]))
         width_axis(ax, group[0]["widths"], yscale="linear", title=words(group[0], told))
-    return finish(figure, f"{setting(summary)}. Points: means, bars: ranges of the seeds", legend="loss")
+    return finish(fig, f"{setting(summary)}. Points: means, bars: ranges of the seeds", legend="loss")
 
 
 def calibration(summary):
     """expected calibration error and logits at the optimal LR against width, under cross-entropy"""
     rows = [row for row in curves(summary) if (row["model"], row["loss"]) == ("mlp", "ce")]
     some({row["param"] for row in rows}, least=2)
-    figure, axes = panels(2, 5.2, 3.2)
+    fig, axes = panels(2, 5.2, 3.2)
     ylabels = {"val_ece": "expected calibration error", "logit_rms": "RMS of the logits"}
     for ax, (key, ylabel) in zip(axes.flat, ylabels.items()):
         for i, row in enumerate(rows):
             seeds_trend(ax, row["widths"], floats(row["at_optimum"][key]).T, name_of(row, rows), **look(i))
-        width_axis(ax, shades(rows), beside=True, ylabel=ylabel)
-    return finish(figure, f"{setting(summary, rows)}: at the optimal learning rate; a dot per seed")
+        width_axis(ax, shades(rows), BESIDE, ylabel=ylabel)
+    return finish(fig, f"{setting(summary, rows)}: at the optimal learning rate; a dot per seed")
 
 
 def regimes(summary):
-    """exponents of logits and effective updates against α, on the predicted lines (Propositions 1 and 2)"""
+    """exponents of logits and effective updates against α, on the predicted lines (Prop. 1 and 2)"""
     shown = widest_group(tracked(summary, "updates"), "alpha", "loss")
-    some({entry["alpha"] for entry in shown}, least=3)
-    names, steps = (unique(entry[key] for entry in shown) for key in ("loss", "step"))
-    shape, shared = (len(steps) * len(names), 4.2, 3.2, len(names)), dict(sharex=True, sharey=True)
-    figure, axes = panels(*shape, "width exponent", **shared)
+    some({row["alpha"] for row in shown}, least=3)
+    names, steps = (unique(row[key] for row in shown) for key in ("loss", "step"))
+    fig, axes = panels(len(steps) * len(names), 4.2, 3.2, len(names), "width exponent",
+                       sharex=True, sharey=True)
     for i, step in enumerate(steps):
         for j, loss in enumerate(names):
             here = where(shown, step=step, loss=loss)
-            shade_regimes(axes[i, j], {entry["alpha"]: entry["regime"] for entry in here})
+            shade_regimes(axes[i, j], {row["alpha"]: row["regime"] for row in here})
             exponents_over_alpha(axes[i, j], here, summary["hidden_layers"])
             axes[i, j].set_title(f"{named(loss)}, after {WORDS['step'](step)}")
             axes[-1, j].set_xlabel("α (learning rate ∝ $n^{-α}$)")
-    predicted = [entry["predicted"] for entry in shown if entry["predicted"] is not None] or [0.0]
+    predicted = [row["predicted"] for row in shown if row["predicted"] is not None] or [0.0]
     axes[0, 0].set_ylim(min(predicted) - 0.25, min(max(predicted), 1.6) + 0.75)
     title = f"{setting(summary, shown)} × (n / {summary['base_width']})$^{{-α}}$"
-    return finish(figure, title, legend="lines: predicted\npoints: measured")
+    return finish(fig, title, legend="lines: predicted\npoints: measured")
 
 
 def shade_regimes(ax, regime):
     """The background in the colour of each α's regime, with its name; regime: {α: name}."""
-    alphas = sorted(regime)
-    starts, ends = [alphas[0] - 0.08] + alphas[1:], alphas[1:] + [alphas[-1] + 0.08]
-    for name in unique(regime.values()):
-        inside = [i for i, alpha in enumerate(alphas) if regime[alpha] == name]
-        low, high = starts[inside[0]], ends[inside[-1]]
+    alphas, names = sorted(regime), [regime[alpha] for alpha in sorted(regime)]
+    bounds = [alphas[0] - 0.08, *alphas[1:], alphas[-1] + 0.08]
+    for name in unique(names):
+        low, high = bounds[names.index(name)], bounds[len(names) - names[::-1].index(name)]
         ax.axvspan(low, high, color=REGIMES.get(name, "0.95"), lw=0, zorder=0)
         ax.text((low + high) / 2, 1.0, name.replace(" ", "\n"), transform=ax.get_xaxis_transform(),
-                  ha="center", va="top", fontsize=7.5, color="0.35")
+                ha="center", va="top", fontsize=7.5, color="0.35")
     ax.axhline(0, color="0.4", lw=0.8)
-    ax.set_xlim(starts[0], ends[-1])
+    ax.set_xlim(bounds[0], bounds[-1])
 
 
-def exponents_over_alpha(ax, entries, readout):
+def exponents_over_alpha(ax, rows, readout):
     """The four kinds of change in an MLP whose readout is layer `readout`."""
     series = {"logits' change": ("logits", [readout + 1]), "output update": ("effective", [readout]),
               "hidden updates": ("effective", range(1, readout)), "input update": ("effective", [0])}
     for i, (label, (kind, layers)) in enumerate(series.items()):
-        chosen = [entry for entry in where(entries, kind=kind) if entry["layer"] in layers]
-        line = {entry["alpha"]: entry["predicted"] for entry in chosen}
+        chosen = [row for row in where(rows, kind=kind) if row["layer"] in layers]
+        line = {row["alpha"]: row["predicted"] for row in chosen}
         ax.plot(list(line), floats(line.values()), color=COLOURS[i], lw=1.3, zorder=2)
-        measured = [entry for entry in chosen if entry["exponent"] is not None]
+        measured = [row for row in chosen if row["exponent"] is not None]
         if measured:
-            x = floats(entry["alpha"] for entry in measured) + 0.012 * (i - 0.5) * (i < 2)      # two coincide
+            x = floats(row["alpha"] for row in measured) + 0.008 * (1.5 - i)        # lest two coincide
             exponent_points(ax, x, measured, color=COLOURS[i], label=label, zorder=3)
 
 
 def course(summary):
     """logits' change, hidden update and loss over the first steps, a line per width: the mechanism"""
-    entries = [entry for entry in summary.get("course", ()) if len(entry["steps"]) > 5]
-    entries = some([entry for entry in entries if (floats(entry["train_loss"])[:, 0] > 0).any()])
-    entries = widest_group(entries, "loss")
-    kinds = [kind for kind in COURSE if any((floats(entry[kind])[:, 0] > 0).any() for entry in entries)]
-    figure, axes = panels(len(kinds) * len(entries), 2.9, 2.2, len(entries), sharex=True, sharey="row")
-    colours = shades(entries)
-    for row, kind in zip(axes, kinds):
-        low, top = course_range([line for entry in entries for line in floats(entry[kind])])
-        row[0].set(xscale="log", yscale="log", ylim=(low, top), ylabel=COURSE[kind])
-        for ax, entry in zip(row, entries):
-            values = floats(entry[kind])            # (W, T)
-            for width, line in zip(entry["widths"], values):
-                course_line(ax, entry["steps"], line, top, color=colours[width], label=f"{width}")
-            first = slope(entry["widths"], geometric_mean([values[:, 0]]))
-            if first is not None and kind != "train_loss":
-                ax.text(0.97, 0.95, f"step 1: {power(first)}", transform=ax.transAxes, ha="right", va="top")
-            ax.set(title=named(entry["loss"]) if kind == kinds[0] else "", xlabel="step")
-            ax.label_outer()
-    title = f"{setting(summary, entries)}. Triangles: beyond the panel, or no longer finite"
-    return finish(figure, title, legend="width")
+    rows = [row for row in summary.get("course", ()) if len(row["steps"]) > 5]
+    rows = widest_group(some(rows), "loss")
+    lines = {kind: floats(line for row in rows for line in row[kind]) for kind in COURSE}
+    kinds = some([kind for kind in COURSE if (lines[kind][:, 0] > 0).any()])
+    fig, axes = panels(len(kinds) * len(rows), 2.9, 2.2, len(rows), sharex=True, sharey="row")
+    colours = shades(rows)
+    for (i, j), ax in np.ndenumerate(axes):
+        kind, row = kinds[i], rows[j]
+        values, (low, top) = floats(row[kind]), course_range(lines[kind])          # values (W, T)
+        for width, line in zip(row["widths"], values):
+            course_line(ax, row["steps"], line, top, color=colours[width], label=f"{width}")
+        first = slope(row["widths"], geometric_mean([values[:, 0]]))
+        if first is not None and kind != "train_loss":
+            ax.text(0.97, 0.95, f"step 1: {power(first)}", transform=ax.transAxes, ha="right", va="top")
+        ax.set(xscale="log", yscale="log", ylim=(low, top), xlabel="step", ylabel=COURSE[kind],
+               title="" if i else named(row["loss"]))
+        ax.label_outer()
+    title = f"{setting(summary, rows)}. Triangles: beyond the panel, or no longer finite"
+    return finish(fig, title, legend="width")
 
 
 def course_range(lines):
-    """(low, top) of a row of panels: the whole of the lines that settle, the start of those that do not."""
-    lines = np.array([line for line in lines if line[0] > 0])
-    settled = [line.max() for line in lines if line.max() < 1e4 * line[0]]         # nan is not settled
-    top = 3 * max(settled + list(lines[:, 0]))
+    """(low, top) for lines (N, T): the whole of those that settle, the start of the others."""
+    lines = lines[lines[:, 0] > 0]
+    settled = lines[lines.max(1) < 1e4 * lines[:, 0]]           # nan is not settled
+    top = 3 * max(settled.max(initial=0), lines[:, 0].max())
     return lines[(lines > 0) & (lines < top)].min() / 1.5, top
 
 
 def course_line(ax, steps, values, top, **kwargs):
-    """A line (T,) until it is above `top` or no longer finite, and a mark at the step where it is."""
+    """A line (T,) until it is above `top` or not finite, and a mark at the step where it is."""
     beyond = np.flatnonzero(~(values < top))
     end = beyond[0] if beyond.size else len(values)
     ax.plot(steps[:end + 1], np.append(values[:end], [top] * (beyond.size > 0)), lw=1.2, **kwargs)
@@ -566,24 +551,19 @@ def course_line(ax, steps, values, top, **kwargs):
 
 def updates(summary, step=1):
     """effective and propagating updates of every layer against width, after the first step (Fig. 4)"""
-    entries = some([entry for entry in tracked(summary, "updates", step=step) if entry["kind"] in UPDATES])
-    entries = where(entries, loss=entries[0]["loss"], lr=entries[0]["lr"])
-    entries = [entry for entry in entries if entry["alpha"] in (0.0, 0.5, 1.0)] or entries
-    each = groups(entries).values()
-    figure, axes = layer_panels(entries, UPDATES, summary["hidden_layers"] + 1, 2.6)
+    rows = some([row for row in tracked(summary, "updates", step=step) if row["kind"] in UPDATES])
+    rows = where(rows, loss=rows[0]["loss"], lr=rows[0]["lr"])
+    rows = [row for row in rows if row["alpha"] in (0.0, 0.5, 1.0)] or rows
+    each = groups(rows).values()
+    fig, axes = layer_panels(rows, UPDATES, summary["hidden_layers"] + 1, 3.0)
     for i, curve in enumerate(each):
-        for entry in curve:
-            ax, exponent = axes[entry["kind"], entry["layer"]], entry["exponent"]
-            label = f"{name_of(entry, entries)}: {signed(exponent)} ({signed(entry['predicted'])})"
-            trend(ax, entry["widths"], geometric_mean(entry["values"]), exponent, label, **look(i))
-            ax.set_yscale("log")
-    for ax in axes.values():
-        low, high = ax.get_ylim()
-        ax.set_ylim(low, high * (high / low) ** (0.15 + 0.13 * len(each)))        # room for the legend
-        ax.legend(fontsize=7.5, loc="upper left", borderaxespad=0.1, handlelength=1.2)
-        width_axis(ax, entries[0]["widths"])
-    title = f"{setting(summary, entries)}; after {WORDS['step'](step)}. Exponents: measured (predicted)"
-    return finish(figure, title)
+        for row in curve:
+            ax, exponent = axes[row["kind"], row["layer"]], row["exponent"]
+            label = f"{name_of(row, rows)}: {signed(exponent)} ({signed(row['predicted'])})"
+            trend(ax, row["widths"], geometric_mean(row["values"]), exponent, label, **look(i))
+            width_axis(ax, row["widths"], BELOW)
+    title = f"{setting(summary, rows)}; after {WORDS['step'](step)}. Exponents: measured (predicted)"
+    return finish(fig, title)
 
 
 def later_updates(summary):
@@ -594,61 +574,60 @@ def later_updates(summary):
 
 def alignment(summary):
     """operator-norm alignment of ΔW with x, and of W0 with Δx, over the steps; a line per width (Fig. 2)"""
-    entries = summary.get("alignment", ()) if summary.get("model") == "mlp" else ()
-    entries = [entry for entry in entries if len(entry["steps"]) > 5 and (floats(entry["values"]) > 0).any()]
-    curve = next(iter(groups(some(entries)).values()))
-    figure, axes = layer_panels(curve, ALIGNMENTS, summary["hidden_layers"] + 1, 2.3)
-    for entry in curve:
-        ax = axes[entry["kind"], entry["layer"]]
+    rows = summary.get("alignment", ()) if summary.get("model") == "mlp" else ()
+    rows = [row for row in rows if len(row["steps"]) > 5 and (floats(row["values"]) > 0).any()]
+    curve = next(iter(groups(some(rows)).values()))
+    fig, axes = layer_panels(curve, ALIGNMENTS, summary["hidden_layers"] + 1, 2.3)
+    for row in curve:
+        ax = axes[row["kind"], row["layer"]]
         ax.set(xscale="log", ylim=(0, 1.05), xlabel="step")
-        for (width, color), values in zip(shades(curve).items(), floats(entry["values"])):
-            ax.plot(entry["steps"], values, color=color, label=f"{width}")
-    return finish(figure, f"{setting(summary, curve)}. Operator-norm alignment", legend="width")
+        for (width, color), values in zip(shades(curve).items(), floats(row["values"])):
+            ax.plot(row["steps"], values, color=color, label=f"{width}")
+    return finish(fig, f"{setting(summary, curve)}. Operator-norm alignment", legend="width")
 
 
 def limit(summary):
-    """softmax outputs' distance to the widest network's, and the features' change, against width (Prop. 2)"""
-    entries = tracked(summary, "limit")
+    """softmax outputs' distance to the widest network's, and the features' change (Prop. 2)"""
+    rows = tracked(summary, "limit")
     some(range(summary["steps"]), least=21)
-    last = where(summary["updates"], step=summary["steps"], kind="features", layer=summary["hidden_layers"] - 1)
-    changes, rates = groups(last), unique(entry["lr"] for entry in entries)
-    figure, axes = panels(2 * len(rates), 5.2, 3.3, 2)
-    for i, curve in enumerate(groups(entries, "lr").values()):
-        for key, (entry,) in groups(curve).items():
-            left, right = axes[rates.index(entry["lr"])]
-            label, nearer = name_of(entry, where(entries, lr=entry["lr"])), entry["widths"][:-1]
-            seeds_trend(left, nearer, floats(entry["values"])[:, :-1], label, **look(i))    # the widest's is 0
-            seeds_trend(right, entry["widths"], changes[key][0]["values"], label, **look(i))
+    layer, rates = summary["hidden_layers"] - 1, unique(row["lr"] for row in rows)
+    changes = groups(where(summary["updates"], step=summary["steps"], kind="features", layer=layer))
+    fig, axes = panels(2 * len(rates), 5.2, 3.3, 2, "distance of softmax outputs\nto the widest network's")
+    for i, curve in enumerate(groups(rows, "lr").values()):
+        for key, (row,) in groups(curve).items():
+            left, right = axes[rates.index(row["lr"])]
+            label, nearer = name_of(row, where(rows, lr=row["lr"])), row["widths"][:-1]
+            seeds_trend(left, nearer, floats(row["values"])[:, :-1], label, **look(i))    # the widest's is 0
+            seeds_trend(right, row["widths"], changes[key][0]["values"], label, **look(i))
     for (left, right), lr in zip(axes, rates):
         title = f"LR {lr:g}" if len(rates) > 1 else ""
-        width_axis(left, nearer, beside=True, title=title,
-                   ylabel="distance of softmax outputs\nto the widest network's")
-        width_axis(right, entry["widths"], beside=True, title=title,
+        width_axis(left, nearer, BESIDE, title=title)
+        width_axis(right, row["widths"], BESIDE, title=title,
                    ylabel="change of the last\nhidden features (RMS)")
-    return finish(figure, f"{setting(summary, entries)}; a dot per seed")
+    return finish(fig, f"{setting(summary, rows)}; a dot per seed")
 
 
 def tensor_kinds(summary):
     """exponents of a GPT's updates after one step by kind of tensor, over the layers"""
-    entries = tracked(summary, "updates", mlp=False, step=1)
-    entries = some([entry for entry in entries if entry["kind"] in UPDATES and entry["exponent"] is not None])
-    tensors = unique(entry["module"].split(".")[-1] for entry in entries)
-    each = groups(entries).values()
+    rows = tracked(summary, "updates", mlp=False, step=1)
+    rows = some([row for row in rows if row["kind"] in UPDATES and row["exponent"] is not None])
+    tensors = unique(row["module"].split(".")[-1] for row in rows)
+    each = groups(rows).values()
     space = min(0.26, 0.8 / len(each))
-    figure, axes = panels(2, 0.78 * len(tensors) + 1.8, 2.6, 1, "width exponent", sharex=True)
+    fig, axes = panels(2, 0.78 * len(tensors) + 1.8, 2.6, 1, "width exponent", sharex=True)
     for ax, (kind, symbol) in zip(axes.flat, UPDATES.items()):
         for i, curve in enumerate(each):
             here = where(curve, kind=kind)
-            x = floats(tensors.index(entry["module"].split(".")[-1]) for entry in here)
+            x = floats(tensors.index(row["module"].split(".")[-1]) for row in here)
             if here:
                 exponent_points(ax, x + space * (i - (len(each) - 1) / 2), here, ticks=0.9 * space,
-                                color=COLOURS[i % 7], label=name_of(here[0], entries))
+                                color=COLOURS[i % 7], label=name_of(here[0], rows))
         ax.axhline(0, color="0.4", lw=0.8)
         ax.set_title(f"{kind} updates: {symbol}")
         ax.grid(axis="x", visible=False)
     axes[1, 0].set_xticks(range(len(tensors)), [tensor.replace("_", "\n") for tensor in tensors])
-    title = f"{setting(summary, entries)}; after one step"
-    return finish(figure, title, legend="ticks: predicted\npoints: measured")
+    title = f"{setting(summary, rows)}; after one step"
+    return finish(fig, title, legend="ticks: predicted\npoints: measured")
 
 
 def linear_net(summary):
@@ -656,19 +635,18 @@ def linear_net(summary):
     parts = some(summary.get("linear_net", ()))
     titles = {"edges": "largest stable learning rate", "distance": "distance to the infinite-width limit",
               "one_step": "|loss decrease| after one step"}
-    figure, axes = panels(3, 3.4, 4.6)
+    fig, axes = panels(3, 3.4, 4.6)
     for ax, (part, title) in zip(axes.flat, titles.items()):
-        for i, entry in enumerate(parts[part]):
-            name = words(entry, ("param", "alpha", "step", "warmup"))
-            if entry.get("warmup_exponent"):
-                name += f" × (n / {entry['base_width']})$^{{{entry['warmup_exponent']:g}}}$"
-            values = edge_of(entry) if part == "edges" else geometric_mean(entry["values"])
-            predicted = None if part == "distance" and i else entry["predicted"]        # the same for all
-            trend(ax, entry["widths"], values, entry["exponent"], f"{name}: {fitted(entry)}", COLOURS[i % 7],
+        for i, row in enumerate(parts[part]):
+            name = words(row, ("param", "alpha", "step", "warmup"))
+            if row.get("warmup_exponent"):
+                name += f" × (n / {row['base_width']})$^{{{row['warmup_exponent']:g}}}$"
+            values = edge_of(row) if part == "edges" else geometric_mean(row["values"])
+            predicted = None if part == "distance" and i else row["predicted"]        # the same for all
+            trend(ax, row["widths"], values, row["exponent"], f"{name}: {fitted(row)}", COLOURS[i % 7],
                   marker="os^Dv"[i % 5], predicted=predicted)
-        width_axis(ax, entry["widths"], title=title)
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    return finish(figure, "Closed-form linear net f = x uᵀv, one sample, squared loss. "
+        width_axis(ax, row["widths"], BELOW, title=title)
+    return finish(fig, "Closed-form linear net f = x uᵀv, one sample, squared loss. "
                           "Lines: fits, with 95 % intervals. Dashed: predicted slopes")
 
 
@@ -680,13 +658,13 @@ FIGURES = {figure.__name__: figure for figure in (
 def draw(out, only=None):
     """Paths of what a result folder can show, or of `only`, drawn into <out>/figures as PNG and PDF.
 
-    PlotError where summary.json is missing or damaged or a figure unknown; also, with all others drawn, where
-    one cannot be: the traceback of an unexpected error is on standard error then.
+    PlotError without a sound summary.json, for an unknown figure, and, the others drawn, for one that cannot be:
+    the traceback of an unexpected error is on standard error then.
     """
     path, folder, written, failed = Path(out) / "summary.json", Path(out) / "figures", [], []
-    for name in only or ():
-        if name not in FIGURES:
-            raise PlotError(f"unknown figure {name!r}; choose from {', '.join(FIGURES)}")
+    unknown = [name for name in only or () if name not in FIGURES]
+    if unknown:
+        raise PlotError(f"unknown figure {unknown[0]!r}; choose from {', '.join(FIGURES)}")
     if not path.exists():
         raise PlotError(f"{path} is not there; run python sweep.py --out {out} first")
     try:
@@ -695,14 +673,14 @@ def draw(out, only=None):
     except (ValueError, LookupError, TypeError):
         damaged = True
     if damaged:
-        raise PlotError(f"{path} is damaged; the command that wrote it writes it again, and runs nothing twice")
+        raise PlotError(f"{path} is damaged; its command writes it again, and runs nothing twice")
     folder.mkdir(exist_ok=True)
     for name in only or FIGURES:
         try:
             with plt.rc_context(STYLE):
-                figure = FIGURES[name](summary)
+                fig = FIGURES[name](summary)
                 for file in (folder / f"{name}.png", folder / f"{name}.pdf"):
-                    figure.savefig(file)
+                    fig.savefig(file)
                     written.append(file)
         except Absent as error:
             failed += [f"{name!r} cannot be drawn: {error}"] if only else []

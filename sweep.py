@@ -50,7 +50,7 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
     "course": (
         "logits, hidden updates and loss over the first steps: the mechanism",
         dict(loss=["ce", "mse", "huber"], alpha=[0.5], widths=[*WIDTHS[1:], 2048], lrs=[0.1], steps=100,
-             track=5),
+             seeds=5, track=5),
         dict(widths=PAPER_WIDTHS, hidden_layers=7)),
     "phase": (
         "loss over LR and width as a map, full grid",
@@ -59,7 +59,7 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
         dict(widths=[*PAPER_WIDTHS, 8192], hidden_layers=7, steps=937)),
     "bounded": (
         "six losses: does a bounded derivative decide?",
-        dict(loss=SIX, seeds=2),
+        dict(loss=SIX),
         dict(widths=PAPER_WIDTHS, seeds=4, hidden_layers=7, steps=937)),
     "optimal_lr": (
         "CE against MSE on Fashion-MNIST (paper: MNIST), 8-layer MLP (Fig. 1)",
@@ -114,6 +114,8 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
 }
 COARSE = 4              # lattice steps between points of the coarse grid: a factor 4 at the default step
 EXTENSIONS = 6          # coarse steps by which a grid may grow beyond either end
+FARTHER = 3             # a point beside an optimum is at most this many times as far from it as the last one
+FARTHEST = 16           # lattice steps below a flat optimum at which the search for its curvature ends
 CPU_MEMORY = 2 ** 30    # bytes for a stack of several replicas on the CPU, and one more replica being drawn
 
 
@@ -134,10 +136,10 @@ def next_points(known, low, high, search, extensions, hint=None, chance=math.inf
 
     known: {k: (losses (S,), stable (S,))} of S seeds. grid: all of low..high. coarse-to-fine: every
     COARSE-th point, or a few around hint = (optimum, edge) of a narrower width; then halves of the gaps
-    beside the optimum, and of every seed's bracket of its edge, down to one step, and single steps outwards
-    while the curve around the optimum does not rise clearly. Where the optimum lies at an end, or nothing
-    above it is unstable for some seed, the grid grows; downwards also where all runs diverged, or where
-    those at a hint learned nothing: none is stable and below chance, a constant predictor's loss.
+    beside the optimum, and of every seed's bracket of its edge, down to one step, and ever farther points
+    until the curvature around the optimum is certain (analyze.window). Where the optimum lies at an end, or
+    nothing above it is unstable for some seed, the grid grows; downwards also where all runs diverged, or
+    where those at a hint learned nothing: none is stable and below chance, a constant predictor's loss.
     """
     grid, reach = search == "grid", set(range(low - extensions * COARSE, high + extensions * COARSE + 1))
     start = set(range(low, high + 1, 1 if grid else COARSE))
@@ -162,9 +164,15 @@ def next_points(known, low, high, search, extensions, hint=None, chance=math.inf
     want = {(ks[best] + k) // 2 for k in ks[best - 1:best] + ks[best + 1:best + 2]}
     want |= {(ks[edge] + ks[above]) // 2 for edge, above in brackets if above is not None}
     if want <= known.keys():
-        first, last = analyze.window(losses, stable.all(0))
-        want = {(ks[k] + ks[k + 1]) // 2 for k in range(first, last)}
-    return want - known.keys()
+        first, last, _, open = analyze.window(np.array(ks, float), losses, stable.all(0))
+        away = [abs(k - ks[best]) for k in ks]
+        for k in range(first, last):
+            near, far = sorted(away[k:k + 2])
+            if far > FARTHER * near > 0:
+                want.add((ks[k] + ks[k + 1]) // 2)
+        if open and want <= known.keys() and away[0] < FARTHEST:
+            want.add(ks[best] - min(FARTHER * away[0], FARTHEST))
+    return want & reach - known.keys()
 
 
 def table_of(known):

@@ -757,27 +757,63 @@ def test_values_without_an_exponent_are_refused_and_named(widths, values, messag
 
 
 @pytest.mark.parametrize("seeds, count", [(3, 5), (3, 3), (2, 5), (5, 4), (1, 5)])
-def test_exponent_interval_covers_the_exponent_about_as_often_as_it_says(seeds, count):
-    widths = 64 * 2.0 ** torch.arange(count, dtype=torch.float64)
-    g, trials, covered = seeded(seeds * 10 + count), 400, 0
-    for trial in range(trials):
-        noise = 0.2 * torch.randn(seeds, count, generator=g, dtype=torch.float64)
+@pytest.mark.parametrize("equal_noise", [False, True])
+def test_exponent_interval_covers_the_exponent_about_as_often_as_it_says(seeds, count, equal_noise):
+    generator, covered = torch.Generator().manual_seed(0), 0
+    widths = 64.0 * 2 ** torch.arange(count)
+    for _ in range(400):
+        noise = 0.3 * torch.randn(seeds, count, generator=generator)
         values = (noise - 0.5 * widths.log()).exp()
-        low, high = metrics.exponent_interval(widths, values, resamples=400, seed=trial)
+        low, high = metrics.exponent_interval(widths, values, equal_noise=equal_noise)
         covered += low <= -0.5 <= high
-    assert 0.91 <= covered / trials <= 0.995  # four standard errors: 0.045
+    assert 0.92 <= covered / 400 <= 0.985
+
+
+def coverage_of(scale, shared, **kwargs):
+    """(coverage, mean width) for three seeds: noise of these scales (W,), and a common one of each seed."""
+    generator, covered, sizes = torch.Generator().manual_seed(1), 0, []
+    widths, scale = 64.0 * 2 ** torch.arange(len(scale)), torch.tensor(scale)
+    for _ in range(400):
+        effect = shared * torch.randn(3, 1, generator=generator)
+        noise = scale * torch.randn(3, len(scale), generator=generator) + effect
+        low, high = metrics.exponent_interval(widths, (noise - 0.5 * widths.log()).exp(), **kwargs)
+        covered += low <= -0.5 <= high
+        sizes.append(high - low)
+    return covered / 400, sum(sizes) / 400
+
+
+def test_widths_that_are_not_equally_noisy_are_covered_and_one_variance_for_all_would_not_do():
+    scale = [0.5, 0.1, 0.1, 0.1, 0.5]
+    assert coverage_of(scale, 0.0)[0] >= 0.92
+    assert coverage_of(scale, 0.0, equal_noise=True)[0] < 0.9
+
+
+def test_what_a_seed_does_at_every_width_alike_does_not_widen_the_interval():
+    for equal_noise in (False, True):
+        alone = coverage_of([0.1] * 5, 0.0, equal_noise=equal_noise)
+        beside = coverage_of([0.1] * 5, 1.0, equal_noise=equal_noise)
+        assert beside == pytest.approx(alone, rel=0.1) and beside[0] >= 0.92
 
 
 def test_exponent_interval_without_spread_is_the_point_and_the_grids_resolution_widens_it():
     widths = [64, 128, 256, 512]
-    values = [[n**-0.5 for n in widths]] * 3
-    assert metrics.exponent_interval(widths, values) == pytest.approx((-0.5, -0.5), abs=1e-12)
+    values = [[n ** -0.5 for n in widths]] * 3
+    assert metrics.exponent_interval(widths, values) == pytest.approx((-0.5, -0.5), abs=1e-7)
     low, high = metrics.exponent_interval(widths, values, resolution=2.0)
     log_n = torch.tensor(widths).double().log()
     step = math.log(2) / math.sqrt(12)  # standard deviations: of a value
     spread = step / (log_n - log_n.mean()).norm().item()  # and of the slope
-    assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.1) and low < -0.5 < high
-    assert all(math.isnan(v) for v in metrics.exponent_interval([1, 2], [1.0, 2.0]))
+    assert high - low == pytest.approx(2 * metrics.t_quantile(0.975, 6) * spread)
+    half = metrics.exponent_interval(widths, values, resolution=[2.0, 1.0, 1.0, 2.0])
+    assert 0 < half[1] - half[0] < high - low
+    assert all(math.isnan(v) for v in metrics.exponent_interval(widths[:2], [values[0][:2]]))
+
+
+@pytest.mark.parametrize("probability, freedom, value", [
+    (0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 4, 2.77645), (0.975, 8, 2.30600), (0.95, 3, 2.35336),
+    (0.995, 10, 3.16927), (0.975, 2.5, 3.5583), (0.975, math.inf, 1.95996)])
+def test_t_quantile_against_published_tables(probability, freedom, value):
+    assert metrics.t_quantile(probability, freedom) == pytest.approx(value, rel=5e-3)
 
 
 # ---- other people's models
