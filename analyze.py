@@ -222,7 +222,7 @@ def optimum(log_lr, losses, stable):
     """(log optimal LR of each seed (S,), width of the interval in which all may be off, is it the last stable
     LR?) of losses (S, K); nan where every LR had a divergence.
 
-    Vertices of the parabola in `window`, off by its error and, as no curve is a parabola, by the grid's step.
+    Vertices of the parabola in `window`, off by its error and, as no curve is a parabola, by half a step.
     Where the losses show none, or fall up to a cliff, each seed's own argmin: off by a step at a cliff, else
     by the range of LRs whose mean loss is not above the lowest.
     """
@@ -234,7 +234,7 @@ def optimum(log_lr, losses, stable):
     at_edge = best + 1 < len(log_lr) and not stable[:, best + 1].all()
     curved = fit and exceeds(fit, fit.a, fit.a_error, CURVED)
     if curved and log_lr[first] <= fit.vertices.mean() <= log_lr[last]:
-        return fit.vertices, math.hypot(step, math.sqrt(12) * fit.vertex_error), at_edge
+        return fit.vertices, math.hypot(step / 2, math.sqrt(12) * fit.vertex_error), at_edge
     if at_edge:
         return own, step, at_edge
     low = [log_lr[k] for k in range(first, last + 1)
@@ -363,7 +363,7 @@ def flags_of(points, fits, cells, widths, failed, criterion):
     """What a reader of the exponents must know, and what to do."""
     seeds = len(cells[0]["losses"])
     flags = ["one width: no exponent"] if len(widths) == 1 else []
-    flags += ["one seed: the interval is the grid's resolution"] if seeds == 1 else []
+    flags += ["one seed: the interval knows the scatter around the line only"] if seeds == 1 else []
     flags += [f"width {width}: out of memory" for width in failed]
     for name, words in (("max_stable", "edge"), ("optimal", "optimum")):
         if 0 < fits[name][2] < len(widths):
@@ -395,6 +395,11 @@ def flags_of_cell(point, cell, criterion):
     above = int((np.isnan(point["unstable"]) & np.isfinite(point["stable"])).sum())
     if above:
         flags.append(f"nothing unstable up to LR {lrs[-1]:.3g} for {above} of {seeds} seeds")
+    bracket = (point["unstable"] - point["stable"]).mean()
+    for words, within in (("the optimal LR", point["within"]), ("the edge", bracket)):
+        if within > math.log(5):
+            flags.append(f"{words} is known to a factor of {math.exp(within):.2g} only; "
+                         "more --seeds, or LRs between")
     return flags
 
 

@@ -531,10 +531,13 @@ def t_quantile(probability, freedom):
     """Quantile of Student's t, above the median, by integrating its density over atan(t / sqrt(freedom))."""
     if math.isinf(freedom):
         return NormalDist().inv_cdf(probability)
-    angle = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)
-    mass = torch.cumulative_trapezoid(angle.cos().clamp_min(0).pow(freedom - 1), angle)
-    at = torch.searchsorted(mass, (2 * probability - 1) * mass[-1]).item()
-    return math.sqrt(freedom) * math.tan(angle[at + 1].item())
+    step = math.pi / 2 / 20_000
+    density = (step * torch.arange(20_001, dtype=torch.float64)).cos().clamp_min(0).pow(freedom - 1)
+    mass = torch.cat([density.new_zeros(1), torch.cumulative_trapezoid(density)])
+    wanted = (2 * probability - 1) * mass[-1]
+    at = torch.searchsorted(mass, wanted)
+    at = at - (mass[at] - wanted) / (mass[at] - mass[at - 1])
+    return math.sqrt(freedom) * math.tan(step * at.item())
 
 
 def _logs(widths, values):

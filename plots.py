@@ -32,7 +32,7 @@ TRAINED = LinearSegmentedColormap.from_list("trained", ("#0B4F8A", "#6FB1D6", "#
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}         # places of a legend
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
 REGIMES = {"catastrophic": "#F7DAD3", "controlled divergence": "#FBF1CC", "stable": "#DDEEE3"}
-UPDATES = {"effective": "RMS of ΔW x", "propagating": "RMS of W₀ Δx"}
+UPDATES = {"effective": "effective ΔW x", "propagating": "propagating W₀ Δx"}
 ALIGNMENTS = {"operator_update": "ΔW and x", "operator_propagating": "W₀ and Δx"}
 COURSE = {"logits_change": "logits' change (RMS)", "hidden_update": "hidden effective\nupdate (RMS)",
           "train_loss": "train loss"}
@@ -52,7 +52,7 @@ WORDS = {           # how a setting is written, if not by its name
 
 
 class PlotError(ValueError):
-    """What a user can mend: a folder, a figure's name, a summary that cannot be drawn."""
+    """What a user can mend: a folder, a figure's name, a summary."""
 
 
 class Absent(PlotError):
@@ -61,7 +61,7 @@ class Absent(PlotError):
 
 def some(rows, least=1):
     if len(rows) < least:
-        raise Absent("summary.json holds nothing of it")
+        raise Absent("the summary holds nothing of it")
     return rows
 
 
@@ -70,8 +70,8 @@ def named(value):
 
 
 def words(row, keys):
-    said = [WORDS.get(key, named)(row[key]) for key in keys if row.get(key) is not None]
-    return ", ".join(word for word in said if word)
+    said = (WORDS.get(key, named)(row[key]) for key in keys if row.get(key) is not None)
+    return ", ".join(filter(None, said))
 
 
 def differing(rows):
@@ -84,7 +84,7 @@ def name_of(row, rows):
 
 
 def setting(summary, rows=None):
-    """What all runs of a sweep have in common, of `rows` also the settings on which they agree."""
+    """What all runs of a sweep have in common, and the settings on which `rows` agree."""
     hidden = summary["hidden_layers"]
     depth = {"mlp": f"{hidden} hidden layer{'s' * (hidden > 1)}", "gpt": f"GPT, {summary['layers']} layers"}
     said = [summary["data"].replace("_", "-"), depth.get(summary["model"], summary["model"])]
@@ -128,13 +128,13 @@ def curves(summary):
 
 
 def tracked(summary, name, mlp=True, **wanted):
-    """The rows of a tracked quantity, such as step=1, that have a width at which no seed diverged."""
+    """The rows of a tracked quantity, such as step=1, with a width at which no seed diverged."""
     found = where(summary.get(name, ()), **wanted) if (summary.get("model") == "mlp") == mlp else ()
     return some([row for row in found if np.isfinite(geometric_mean(row["values"])).any()])
 
 
 def groups(rows, *free):
-    """{setting: rows}, all that agree on every setting but the free ones."""
+    """{setting: rows that agree on every setting but the free ones}."""
     found = {}
     for row in rows:
         key = tuple(row.get(name) for name in CURVE if name not in free)
@@ -156,8 +156,8 @@ def geometric_mean(values):
 
 def fit_line(widths, values, exponent):
     """value ~ width^exponent through the geometric mean of the values (W,)."""
-    ok, logs = np.isfinite(values), np.log(widths)
-    return np.exp(np.mean(np.log(values[ok]) - exponent * logs[ok]) + exponent * logs)
+    logs = exponent * np.log(widths)
+    return np.exp(np.nanmean(np.log(values) - logs) + logs)
 
 
 def slope(widths, values):
@@ -196,7 +196,7 @@ def layer_panels(rows, kinds, layers, height):
 
 
 def finish(fig, title, legend=None):
-    """The title, in lines that fit; with a legend's title, also one legend of all labels at the right."""
+    """The title, in lines that fit; with a legend's title, a legend of all labels beside."""
     fig.suptitle(textwrap.fill(title, int(13 * fig.get_figwidth()), break_on_hyphens=False))
     handles = {}
     for ax in fig.axes[::-1]:
@@ -207,7 +207,7 @@ def finish(fig, title, legend=None):
 
 
 def look(i):
-    """Colour and line style of curve i; all differ up to 28."""
+    """Colour and line style of curve i, 28 in all."""
     return {"color": COLOURS[i % 7], "linestyle": ("-", "--", ":", "-.")[i // 7 % 4]}
 
 
@@ -223,7 +223,7 @@ def shades(rows):
 
 
 def width_axis(ax, widths, legend=None, yscale="log", **labels):
-    """Ticks at the widths, every other or as powers of two where they would crowd; a legend if asked."""
+    """Ticks at the widths, every other or as powers of two where they crowd; a legend if asked."""
     widths = sorted(set(map(int, widths)), reverse=True)
     doubling = widths[0] > 5000 and all(width & (width - 1) == 0 for width in widths)
     ax.set(**{"xscale": "log", "yscale": yscale, "xlabel": "width n", **labels})
@@ -248,7 +248,7 @@ def log_ticks(axis):
 
 
 def trend(ax, widths, values, exponent, label, color, linestyle="-", marker="o", predicted=None):
-    """Points (W,), the fit through them if there is one, and a predicted slope above them."""
+    """Points (W,), a fit through them if there is one, a predicted slope above."""
     ink = dict(color=color, marker=marker, mfc="white", mew=1.3)
     ax.plot(widths, values, zorder=3, **ink, ls="none")
     if exponent is not None:
@@ -270,7 +270,7 @@ def seeds_trend(ax, widths, values, label, **style):
 def exponent_points(ax, x, rows, prefix="", ticks=0.0, **kwargs):
     """Measured exponents at x (N,), 95 % intervals as bars, predictions as ticks of a length."""
     y, low, high = floats([row[prefix + "exponent"], *row[prefix + "interval"]] for row in rows).T
-    ax.errorbar(x, y, (y - low, high - y), fmt="o", ms=4, mfc="white", elinewidth=1, **kwargs)
+    ax.errorbar(x, y, (y - low, high - y), fmt="o", mfc="white", elinewidth=1, **kwargs)
     if ticks:
         predicted = floats(row[f"predicted_{prefix}exponent" if prefix else "predicted"] for row in rows)
         ax.hlines(predicted, x - ticks / 2, x + ticks / 2, color=kwargs["color"], lw=2.4, alpha=0.45)
@@ -289,7 +289,7 @@ def loss_line(ax, lr, losses, edge, label, color):
         values = losses[:, part]
         ax.plot(lr[part], values.mean(0), "o-", ms=2.6, color=color, zorder=3)
         ax.fill_between(lr[part], values.min(0), values.max(0), color=color, alpha=0.18, lw=0)
-    ax.axvline(edge, color=color, lw=1.0, ls=":")
+    ax.axvline(edge, color=color, ls=":", lw=1)
 
 
 def lr_transfer(summary):
@@ -351,7 +351,7 @@ def optimal_lr(summary):
     every = np.unique(widths)
     for exponent, style, extreme, off in ((-0.5, "--", np.nanmax, 1.7), (-1.0, "-.", np.nanmin, 0.6)):
         line = off * extreme(best * widths ** -exponent) * every ** exponent        # touches no point
-        ax.plot(every, line, style, color="0.45", lw=1.1, label=f"slope {power(exponent)}")
+        ax.plot(every, line, style, color="0.45", label=f"slope {power(exponent)}")
     width_axis(ax, every, BESIDE)
     return finish(fig, setting(summary))
 
@@ -374,9 +374,8 @@ def phase(summary):
     norm = Normalize(min(relative_loss(row, curve).min() for row in rows for curve in row["curves"]), 1.0)
     for ax, row in zip(axes.flat, rows):
         phase_map(ax, row, norm)
-        edge, predicted = row["max_stable_exponent"], row["predicted_max_stable_exponent"]
-        title = f"{name_of(row, rows)}\nedge {power(edge)}, predicted {power(predicted)}"
-        width_axis(ax, row["widths"], title=title)
+        edge, predicted = (power(row[key + "max_stable_exponent"]) for key in ("", "predicted_"))
+        width_axis(ax, row["widths"], title=f"{name_of(row, rows)}\nedge {edge}, predicted {predicted}")
     colours = plt.cm.ScalarMappable(norm, TRAINED)
     fig.colorbar(colours, ax=axes, label="loss / constant predictor's", shrink=0.6)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -384,21 +383,21 @@ def phase(summary):
 
 
 def phase_map(ax, row, norm):
-    """Cells that train in colour, those at chance hatched, those that diverged crossed out."""
+    """Cells that train in colour, those at chance hatched, those that diverged crossed."""
     widths, best, edge = floats(row["widths"]), floats(row["optimal_lr"]), edge_of(row)
     predicted = row["predicted_max_stable_exponent"]
     steps = np.sqrt(widths[1:] / widths[:-1])
     bounds = np.array([widths[0] / steps[0], *widths[:-1] * steps, widths[-1] * steps[-1]])
     chance = dict(fc="0.94", ec="0.6", hatch="////", lw=0)
-    gone = dict(color="0.6", marker="x", ls="none", ms=4, mew=0.9)
+    gone = dict(color="0.6", marker="x", ls="none", mew=0.9)
     for width, curve, *sides in zip(widths, row["curves"], bounds, bounds[1:]):
         half = np.sqrt(curve["lr"][1] / curve["lr"][0])
         for rate, value in zip(curve["lr"], relative_loss(row, curve)):
+            cell = chance if value >= 1 else dict(fc=TRAINED(norm(value)), ec="face", lw=0.3)
             if np.isinf(value):
                 ax.plot(width, rate, **gone)
-            else:
-                trained = dict(fc=TRAINED(norm(value)), ec="face", lw=0.3)
-                ax.fill_between(sides, rate / half, rate * half, **chance if value >= 1 else trained)
+                cell = dict(fc="none", lw=0)
+            ax.fill_between(sides, rate / half, rate * half, **cell)
     ax.fill_between([], [], **chance, label="at or above chance")
     ax.plot([], **gone, label="diverged")
     ax.plot(widths, best, "o", color="black", mfc="white", zorder=5, label="optimum")
@@ -406,7 +405,7 @@ def phase_map(ax, row, norm):
     if predicted is not None and np.isfinite(edge).any():
         line = fit_line(widths, edge, predicted)
         ax.plot(widths, line, "--", color=COLOURS[1], lw=2, zorder=4, label="predicted slope")
-    ax.set_xlim(bounds[[0, -1]])
+    ax.margins(0)
     ax.grid(False)
 
 
@@ -450,7 +449,7 @@ def losses(summary):
 
 
 def calibration(summary):
-    """expected calibration error and logits at the optimal LR against width, under cross-entropy"""
+    """expected calibration error and logits at the optimal LR against width, under CE"""
     rows = [row for row in curves(summary) if (row["model"], row["loss"]) == ("mlp", "ce")]
     some({row["param"] for row in rows}, least=2)
     fig, axes = panels(2, 5.2, 3.2)
@@ -459,7 +458,7 @@ def calibration(summary):
         for i, row in enumerate(rows):
             seeds_trend(ax, row["widths"], floats(row["at_optimum"][key]).T, name_of(row, rows), **look(i))
         width_axis(ax, shades(rows), BESIDE, ylabel=ylabel)
-    return finish(fig, f"{setting(summary, rows)}: at the optimal learning rate; a dot per seed")
+    return finish(fig, f"{setting(summary, rows)} at the optimal LR; a dot per seed")
 
 
 def regimes(summary):
@@ -483,7 +482,7 @@ def regimes(summary):
 
 
 def shade_regimes(ax, regime):
-    """The background in the colour of each α's regime, with its name; regime: {α: name}."""
+    """The background in the colour of each α's regime, and its name; regime: {α: name}."""
     alphas, names = sorted(regime), [regime[alpha] for alpha in sorted(regime)]
     bounds = [alphas[0] - 0.08, *alphas[1:], alphas[-1] + 0.08]
     for name in unique(names):
@@ -502,11 +501,11 @@ def exponents_over_alpha(ax, rows, readout):
     for i, (label, (kind, layers)) in enumerate(series.items()):
         chosen = [row for row in where(rows, kind=kind) if row["layer"] in layers]
         line = {row["alpha"]: row["predicted"] for row in chosen}
-        ax.plot(list(line), floats(line.values()), color=COLOURS[i], lw=1.3, zorder=2)
+        ax.plot(list(line), floats(line.values()), color=COLOURS[i])
         measured = [row for row in chosen if row["exponent"] is not None]
         if measured:
-            x = floats(row["alpha"] for row in measured) + 0.008 * (1.5 - i)        # lest two coincide
-            exponent_points(ax, x, measured, color=COLOURS[i], label=label, zorder=3)
+            x = floats(row["alpha"] for row in measured) + 0.02 * (1.5 - i)         # side by side
+            exponent_points(ax, x, measured, color=COLOURS[i], label=label)
 
 
 def course(summary):
@@ -525,18 +524,19 @@ def course(summary):
         first = slope(row["widths"], geometric_mean([values[:, 0]]))
         if first is not None and kind != "train_loss":
             ax.text(0.97, 0.95, f"step 1: {power(first)}", transform=ax.transAxes, ha="right", va="top")
-        ax.set(xscale="log", yscale="log", ylim=(low, top), xlabel="step", ylabel=COURSE[kind],
-               title="" if i else named(row["loss"]))
+        ax.set(xscale="log", yscale="log", xlim=(0.8, 1.2 * row["steps"][-1]), ylim=(low, top), xlabel="step",
+               ylabel=COURSE[kind], title="" if i else named(row["loss"]))
         ax.label_outer()
-    title = f"{setting(summary, rows)}. Triangles: beyond the panel, or no longer finite"
+    title = f"{setting(summary, rows)}. Triangles: beyond the panel or not finite"
     return finish(fig, title, legend="width")
 
 
 def course_range(lines):
-    """(low, top) for lines (N, T): the whole of those that settle, the start of the others."""
+    """(low, top) for lines (N, T): all of those that settle, the start of most others."""
     lines = lines[lines[:, 0] > 0]
-    settled = lines[lines.max(1) < 1e4 * lines[:, 0]]           # nan is not settled
-    top = 3 * max(settled.max(initial=0), lines[:, 0].max())
+    first = lines[:, 0]
+    calm = lines[lines.max(1) < 1e4 * first].max(initial=first.min())       # nan is not calm
+    top = 3 * np.sqrt(calm * max(calm, first.max()))
     return lines[(lines > 0) & (lines < top)].min() / 1.5, top
 
 
@@ -544,8 +544,8 @@ def course_line(ax, steps, values, top, **kwargs):
     """A line (T,) until it is above `top` or not finite, and a mark at the step where it is."""
     beyond = np.flatnonzero(~(values < top))
     end = beyond[0] if beyond.size else len(values)
-    ax.plot(steps[:end + 1], np.append(values[:end], [top] * (beyond.size > 0)), lw=1.2, **kwargs)
-    if 0 < end < len(values):
+    ax.plot(steps[:end + 1], np.append(values[:end], [top] * (beyond.size > 0)), **kwargs)
+    if end < len(values) and np.isfinite(values[0]):
         ax.plot(steps[end], top, "^", color=kwargs["color"], ms=5, clip_on=False, zorder=4)
 
 
@@ -562,8 +562,8 @@ def updates(summary, step=1):
             label = f"{name_of(row, rows)}: {signed(exponent)} ({signed(row['predicted'])})"
             trend(ax, row["widths"], geometric_mean(row["values"]), exponent, label, **look(i))
             width_axis(ax, row["widths"], BELOW)
-    title = f"{setting(summary, rows)}; after {WORDS['step'](step)}. Exponents: measured (predicted)"
-    return finish(fig, title)
+    title = f"{setting(summary, rows)}. RMS of the updates after {WORDS['step'](step)}"
+    return finish(fig, f"{title}; exponents: measured (predicted)")
 
 
 def later_updates(summary):
@@ -623,10 +623,10 @@ def tensor_kinds(summary):
                 exponent_points(ax, x + space * (i - (len(each) - 1) / 2), here, ticks=0.9 * space,
                                 color=COLOURS[i % 7], label=name_of(here[0], rows))
         ax.axhline(0, color="0.4", lw=0.8)
-        ax.set_title(f"{kind} updates: {symbol}")
+        ax.set_title(symbol)
         ax.grid(axis="x", visible=False)
     axes[1, 0].set_xticks(range(len(tensors)), [tensor.replace("_", "\n") for tensor in tensors])
-    title = f"{setting(summary, rows)}; after one step"
+    title = f"{setting(summary, rows)}. Updates of one step"
     return finish(fig, title, legend="ticks: predicted\npoints: measured")
 
 
@@ -658,13 +658,13 @@ FIGURES = {figure.__name__: figure for figure in (
 def draw(out, only=None):
     """Paths of what a result folder can show, or of `only`, drawn into <out>/figures as PNG and PDF.
 
-    PlotError without a sound summary.json, for an unknown figure, and, the others drawn, for one that cannot be:
-    the traceback of an unexpected error is on standard error then.
+    PlotError without a sound summary.json, for an unknown figure and, with the others drawn, for one that
+    cannot be; the traceback of an unexpected error is on standard error.
     """
     path, folder, written, failed = Path(out) / "summary.json", Path(out) / "figures", [], []
-    unknown = [name for name in only or () if name not in FIGURES]
-    if unknown:
-        raise PlotError(f"unknown figure {unknown[0]!r}; choose from {', '.join(FIGURES)}")
+    for name in only or ():
+        if name not in FIGURES:
+            raise PlotError(f"unknown figure {name!r}; choose from {', '.join(FIGURES)}")
     if not path.exists():
         raise PlotError(f"{path} is not there; run python sweep.py --out {out} first")
     try:
@@ -674,16 +674,18 @@ def draw(out, only=None):
         damaged = True
     if damaged:
         raise PlotError(f"{path} is damaged; its command writes it again, and runs nothing twice")
-    folder.mkdir(exist_ok=True)
     for name in only or FIGURES:
         try:
             with plt.rc_context(STYLE):
                 fig = FIGURES[name](summary)
+                folder.mkdir(exist_ok=True)
                 for file in (folder / f"{name}.png", folder / f"{name}.pdf"):
                     fig.savefig(file)
                     written.append(file)
         except Absent as error:
             failed += [f"{name!r} cannot be drawn: {error}"] if only else []
+        except OSError:
+            raise
         except Exception as error:
             traceback.print_exc()
             failed.append(f"{name!r} cannot be drawn: {type(error).__name__}")

@@ -230,7 +230,7 @@ def missing_runs(args, given, curves, rows):
                 break           # wider nets wait for what is found here, which tells where to look
             stable_somewhere = any(stable.any() for _, stable in known.values())
             if not points and stable_somewhere:         # no hint from a cell with failed runs
-                hint = optimum_and_edge(known)[:2]
+                hint = optimum_and_edge(known)
     return missing
 
 
@@ -628,8 +628,10 @@ def main():
                        args["seeds"])
     if not args["no_plots"]:
         import plots        # matplotlib takes a second to load
-        for path in plots.draw(out):
-            print(path)
+        try:
+            print(*plots.draw(out), sep="\n")
+        except plots.PlotError as error:
+            raise InputError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -811,9 +811,15 @@ def test_exponent_interval_without_spread_is_the_point_and_the_grids_resolution_
 
 @pytest.mark.parametrize("probability, freedom, value", [
     (0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 4, 2.77645), (0.975, 8, 2.30600), (0.95, 3, 2.35336),
-    (0.995, 10, 3.16927), (0.975, 2.5, 3.5583), (0.975, math.inf, 1.95996)])
+    (0.995, 10, 3.16927), (0.9999, 2, 70.7001), (0.75, 1, 1.0), (0.975, 120, 1.97993),
+    (0.975, math.inf, 1.95996)])
 def test_t_quantile_against_published_tables(probability, freedom, value):
-    assert metrics.t_quantile(probability, freedom) == pytest.approx(value, rel=5e-3)
+    assert metrics.t_quantile(probability, freedom) == pytest.approx(value, rel=3e-6)
+
+
+def test_t_quantile_of_a_fraction_of_a_degree_lies_between_those_of_its_neighbours():
+    few, between, more = (metrics.t_quantile(0.975, freedom) for freedom in (2, 2.5, 3))
+    assert more < between < few
 
 
 # ---- other people's models
