@@ -79,12 +79,12 @@ def differing(rows):
 
 
 def name_of(row, rows):
-    """What tells this curve from the others: the settings that differ among them, or its loss."""
+    """What tells a curve from the others: the settings that differ, or its loss."""
     return words(row, differing(rows) or ["loss"])
 
 
 def setting(summary, rows=None):
-    """What all runs of a sweep have in common, and the settings on which `rows` agree."""
+    """What all runs of a sweep share, and the settings on which `rows` agree."""
     hidden = summary["hidden_layers"]
     depth = {"mlp": f"{hidden} hidden layer{'s' * (hidden > 1)}", "gpt": f"GPT, {summary['layers']} layers"}
     said = [summary["data"].replace("_", "-"), depth.get(summary["model"], summary["model"])]
@@ -128,7 +128,7 @@ def curves(summary):
 
 
 def tracked(summary, name, mlp=True, **wanted):
-    """The rows of a tracked quantity, such as step=1, with a width at which no seed diverged."""
+    """The rows of a tracked quantity, such as step=1, with a width where no seed diverged."""
     found = where(summary.get(name, ()), **wanted) if (summary.get("model") == "mlp") == mlp else ()
     return some([row for row in found if np.isfinite(geometric_mean(row["values"])).any()])
 
@@ -172,7 +172,7 @@ def edge_of(row):
 
 
 def panels(count, width, height, columns=3, ylabel="", **kwargs):
-    """(fig, axes (rows, columns)) of `width` by `height` inches; those beyond `count` are not shown."""
+    """(fig, axes (rows, columns)) of `width` by `height` inches; those beyond `count` hidden."""
     columns = min(count, columns)
     rows = -(-count // columns)
     size = width * columns + 0.6, height * rows + 0.4
@@ -357,7 +357,7 @@ def optimal_lr(summary):
 
 
 def regular(row):
-    """Whether there are three widths or more, with eight LRs or more in equal steps, as a grid has."""
+    """Whether there are three widths or more with eight LRs or more in equal steps: a grid."""
     steps = [np.diff(np.log(curve["lr"])) for curve in row["curves"]]
     return len(steps) > 2 and all(len(step) > 6 and np.ptp(step) < 0.01 * step.mean() for step in steps)
 
@@ -383,7 +383,7 @@ def phase(summary):
 
 
 def phase_map(ax, row, norm):
-    """Cells that train in colour, those at chance hatched, those that diverged crossed."""
+    """Cells that train in colour, at chance hatched, diverged crossed."""
     widths, best, edge = floats(row["widths"]), floats(row["optimal_lr"]), edge_of(row)
     predicted = row["predicted_max_stable_exponent"]
     steps = np.sqrt(widths[1:] / widths[:-1])
@@ -532,7 +532,7 @@ def course(summary):
 
 
 def course_range(lines):
-    """(low, top) for lines (N, T): all of those that settle, the start of most others."""
+    """(low, top) for lines (N, T): all that settle, the start of most others."""
     lines = lines[lines[:, 0] > 0]
     first = lines[:, 0]
     calm = lines[lines.max(1) < 1e4 * first].max(initial=first.min())       # nan is not calm

@@ -213,6 +213,19 @@ def test_an_optimum_beside_a_divergence_is_every_seeds_last_stable_rate_and_says
     assert point["within"] == pytest.approx(STEP)
 
 
+def test_losses_that_fall_ever_more_slowly_up_to_a_cliff_have_their_optimum_there_and_not_beyond():
+    losses = np.where(LOG_LR > 0.1, analyze.DIVERGED, 1 + np.exp(-LOG_LR / 3))[None].repeat(3, 0)
+    noise = np.random.default_rng(0).normal(0, 1e-3, losses.shape)
+    first, last, fit, _ = analyze.window(LOG_LR, losses + noise, losses[0] < 9)
+    assert fit.a > 0 and fit.vertices.min() > 0.5
+    optimal, within, at_edge = analyze.optimum(LOG_LR, losses + noise, losses < 9)
+    assert at_edge and optimal == pytest.approx([0] * 3) and within == pytest.approx(STEP)
+    losses = np.where(LOG_LR > 0.1, analyze.DIVERGED, 1 - 0.01 * LOG_LR)[None].repeat(3, 0)
+    losses[:, KS == 0] -= 0.01
+    assert np.ptp(analyze.window(LOG_LR, losses + 10 * noise, losses[0] < 9)[:2]) > 2
+    assert analyze.optimum(LOG_LR, losses + 10 * noise, losses < 9)[1:] == (pytest.approx(STEP), True)
+
+
 def test_the_window_of_an_optimum_never_reaches_across_a_cliff():
     noise = np.random.default_rng(0).normal(0, 1e-3, (3, 8))
     losses = np.array([0.9, 0.7, 0.5, 0.31, 0.30, 0.31, 60.0, 50.0]) + noise
@@ -378,6 +391,16 @@ def test_the_flatter_the_optimum_the_farther_below_it_is_searched_and_no_farther
     assert sorted(known)[:3] == lowest and len(known) <= 10
     best = sweep.optimum_and_edge(known)[0]
     assert best - min(known) <= sweep.FARTHEST
+
+
+def test_a_flat_optimum_far_above_the_lowest_rate_asks_for_no_more_below():
+    losses = 0.3 + np.random.default_rng(10).normal(0, 0.01, (3, len(KS)))
+    losses[:, KS > 5] = analyze.DIVERGED
+    known, _ = sweep.follow(cell_on(losses), COLUMNS, CHANCE, SEARCH)
+    best = sweep.optimum_and_edge(known)[0]
+    assert best - sweep.FARTHEST > min(known)
+    assert (best - sweep.FARTHEST) % sweep.COARSE       # no point of the coarse grid
+    assert {k for k in known if k < best - sweep.COARSE} == {-16, -12, -8, -4}
 
 
 # ---- the table ----

@@ -92,16 +92,29 @@ def test_exponents_stand_in_the_legend_and_the_title_says_what_the_bars_are():
 
 
 def test_lines_of_loss_against_lr_stop_where_the_search_left_a_gap():
-    def longest(row):
-        figure = plots.lr_transfer(summary_of(row))
-        return max(len(line.get_xdata()) for line in figure.axes[0].lines)
+    row = sweep_row(widths=(64, 128))
+    evenly = [0.01, 0.1, 1.0]                   # however wide the steps, no gap
+    for curve, lrs in zip(row["curves"], ([0.01, 0.02, 0.04, 1.0, 2.0], evenly)):
+        curve.update(lr=lrs, train_loss=[[0.5] * len(lrs)] * 2)
+    ax = plots.lr_transfer(summary_of(row)).axes[0]
+    points = [line.get_xdata() for line in ax.lines if line.get_marker() == "o"]
+    assert [list(x) for x in points if len(x)] == [[0.01, 0.02, 0.04], [1.0, 2.0], evenly]
 
-    whole, gap = sweep_row(widths=(64, 128)), sweep_row(widths=(64, 128))
-    for curve in gap["curves"]:
-        keep = [0, 1, 2, 8, 9]
-        curve["lr"] = [curve["lr"][k] for k in keep]
-        curve["train_loss"] = [[loss[k] for k in keep] for loss in curve["train_loss"]]
-    assert longest(whole) >= 8 and longest(gap) == 3
+
+def test_a_sweep_of_one_width_or_of_many_curves_is_drawn_whole(tmp_path):
+    rows = [sweep_row(alpha=k / 10) for k in range(9)]
+    assert [ax.get_title() for ax in plots.lr_transfer(summary_of(*rows)).axes] == [
+        f"α = {k / 10:g}" for k in range(9)]
+    looks = {(line.get_color(), line.get_linestyle())
+             for line in plots.optimal_lr(summary_of(*rows)).axes[0].lines
+             if line.get_label().startswith("α")}
+    assert len(looks) == 9                      # more than there are colours
+    alone = sweep_row(widths=(64,))
+    for name in ("optimal", "max_stable"):
+        alone.update({f"{name}_exponent": None, f"{name}_interval": [None, None]})
+    assert drawn(summary_of(alone), tmp_path) == ["exponents", "lr_transfer", "optimal_lr"]
+    for path in (tmp_path / "figures").iterdir():
+        assert path.suffix in (".png", ".pdf") and path.stat().st_size > 5_000
 
 
 def test_the_phase_map_tells_cells_apart_without_colour_and_needs_a_grid(tmp_path):
@@ -124,18 +137,98 @@ def test_bounded_sorts_six_losses_by_what_theory_says(tmp_path):
     assert "bounded" not in drawn(summary_of(sweep_row(), sweep_row(-1.0, loss="mse")), tmp_path)
 
 
+def test_the_map_has_a_mark_per_diverged_cell_a_hatch_per_cell_at_chance_and_the_edge():
+    row = sweep_row(-1.0)
+    row["curves"][1]["train_loss"] = [[0.7, *losses[1:]] for losses in row["curves"][1]["train_loss"]]
+    ax = plots.phase(summary_of(row)).axes[0]
+    gone = sum(loss is None for curve in row["curves"] for loss in curve["train_loss"][0])
+    assert sum(line.get_marker() == "x" for line in ax.lines if len(line.get_xdata())) == gone > 3
+    hatched = [cell for cell in ax.collections if cell.get_hatch() and cell.get_paths()]
+    assert len(hatched) == 1 and hatched[0].get_paths()[0].vertices[:, 1].min() < row["curves"][1]["lr"][0]
+    optimum, = (line for line in ax.lines if line.get_label() == "optimum")
+    assert list(optimum.get_ydata()) == row["optimal_lr"]
+    stairs, = (patch for patch in ax.patches if patch.get_label() == "stability edge")
+    np.testing.assert_allclose(stairs.get_data().values, [lr * 2 ** 0.25 for lr in row["max_stable_lr"]])
+    slope, = (line for line in ax.lines if line.get_label() == "predicted slope")
+    fall = np.diff(np.log(slope.get_ydata())) / np.diff(np.log(slope.get_xdata()))
+    np.testing.assert_allclose(fall, -1.0)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda row: row.update(sweep_row(widths=(64, 128))),                # two widths
+    lambda row: row["curves"][0]["lr"].__setitem__(3, 0.1)])            # unequal steps
+def test_no_map_without_three_widths_of_equal_steps(spoil):
+    row = sweep_row()
+    for curve in row["curves"]:
+        curve["lr"] = list(curve["lr"])
+    plots.phase(summary_of(row))
+    spoil(row)
+    with pytest.raises(plots.Absent):
+        plots.phase(summary_of(row))
+
+
+def test_bounded_sets_every_exponent_beside_its_prediction():
+    rows = [sweep_row(slope, loss=loss) for loss, slope in (("mse", -1.0), ("ce", -0.5), ("huber", -0.5))]
+    outlier = sweep_row(-0.5, loss="brier")
+    outlier.update(max_stable_exponent=-1.4, max_stable_interval=[-1.6, -1.3])
+    unfitted = sweep_row(-1.0, loss="hinge")
+    unfitted.update(max_stable_exponent=None, max_stable_interval=[None, None],
+                    predicted_max_stable_exponent=None)
+    left, right = plots.bounded(summary_of(*rows, outlier, unfitted)).axes
+    places = [tick.get_text() for tick in left.get_xticklabels()]
+    points = {places[int(line.get_xdata()[0])]: line.get_ydata()[0] for line in left.lines
+              if line.get_marker() == "o"}
+    assert points["Brier"] == -1.4 and points["MSE"] == -1.0 and np.isnan(points["hinge"])
+    dashed = {line.get_ydata()[0] for line in left.lines if line.get_linestyle() == "--"}
+    assert {-0.5, -1.0} == {value for value in dashed if np.isfinite(value)}
+    assert sorted(right.get_legend_handles_labels()[1]) == ["Brier", "CE", "Huber", "MSE", "hinge"]
+    assert right.get_title().startswith("width 256")
+
+
+def blown_up(entry, last):
+    """A course that leaves every panel after `last` steps."""
+    for name in ("logits_change", "hidden_update", "train_loss"):
+        steps = len(entry["steps"])
+        entry[name] = [[*[1.0] * last, 1e9, *[None] * (steps - last - 1)] for _ in entry["widths"]]
+    return entry
+
+
 def test_course_has_a_column_per_loss_and_a_line_per_width():
     summary = tracked_summary(alphas=(0.5,), loss="ce", steps=8)
     summary["course"] += tracked_summary(alphas=(0.5,), loss="mse", steps=8)["course"]
-    blown = summary["course"][1]
-    for name in ("logits_change", "hidden_update", "train_loss"):
-        blown[name] = [[1.0, 1e9, *[None] * 6] for _ in blown["widths"]]
+    blown_up(summary["course"][1], 1)
     figure = plots.course(summary)
     said = texts(figure)
     assert len(figure.axes) == 6 and "CE" in said and "MSE" in said and "logits' change" in said
     assert all(str(width) in said for width in (64, 128, 256))
     for ax in figure.axes:
         assert ax.get_ylim()[1] < 1e8           # a blow-up does not flatten the other lines
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_a_line_that_leaves_the_course_is_marked_at_its_step(last):
+    summary = tracked_summary(alphas=(0.5,), steps=8)
+    summary["course"].append(blown_up(tracked_summary(alphas=(0.5,), loss="mse", steps=8)["course"][0], last))
+    calm, blown = plots.course(summary).axes[:2]
+
+    def marks(ax):
+        return [line for line in ax.lines if line.get_marker() == "^"]
+
+    assert not marks(calm) and len(marks(blown)) == 3
+    for mark in marks(blown):
+        assert list(mark.get_xdata()) == [last + 1] and mark.get_ydata()[0] == blown.get_ylim()[1]
+    assert "n^{0.6" in texts(calm.figure)       # (1 + n / 64) over 64..256, at the first step
+
+
+def test_course_of_a_net_without_hidden_matrices_has_two_rows():
+    summary = tracked_summary(hidden_layers=1, alphas=(0.5,), steps=8)
+    entry, = summary["course"]
+    entry["hidden_update"] = [[None] * 8] * 3
+    assert len(plots.course(summary).axes) == 2
+    for name in ("logits_change", "train_loss"):
+        entry[name] = [[None] * 8] * 3
+    with pytest.raises(plots.Absent):
+        plots.course(summary)
 
 
 @pytest.mark.parametrize("hidden_layers", [1, 2, 3])
@@ -146,6 +239,118 @@ def test_regimes_and_updates_of_any_depth(hidden_layers, tmp_path):
 
 def test_regimes_are_not_drawn_for_a_gpt(tmp_path):
     assert "regimes" not in drawn({**tracked_summary(), "model": "gpt"}, tmp_path)
+
+
+def with_limits(lrs, steps=30, **curve):
+    """A tracked sweep over LRs and three α, with distances to the widest net."""
+    summary = {**summary_of(), "steps": steps, "updates": [], "alignment": [], "limit": []}
+    for lr in lrs:
+        for loss in ("ce", "mse"):
+            part = tracked_summary(steps=steps, loss=loss, **curve)
+            summary["updates"] += [{**entry, "lr": lr} for entry in part["updates"]]
+            for alpha in (0.0, 0.5, 1.0):
+                key = {**CURVE, "loss": loss, "alpha": alpha, **curve, "lr": lr, "widths": [64, 128, 256]}
+                summary["limit"].append({**key, "steps": steps, "values": [[0.4, 0.2, 0.0]] * 2})
+    return summary
+
+
+@pytest.mark.parametrize("lrs", [(0.1,), (0.1, 0.2, 0.4)])
+def test_limit_shows_all_curves_apart_and_names_every_lr(lrs):
+    figure = plots.limit(with_limits(lrs))
+    assert len(figure.axes) == 2 * len(lrs)
+    for ax in figure.axes:
+        handles, labels = ax.get_legend_handles_labels()
+        assert len({label.partition(":")[0] for label in labels}) == 6
+        assert len({(handle.get_color(), handle.get_linestyle()) for handle in handles}) == 6
+    assert all(f"LR {lr:g}" in texts(figure) for lr in lrs)
+    assert "n^{-1.00}" in texts(figure)         # distances 0.4 and 0.2 at n and 2 n
+
+
+def test_limit_of_features_that_do_not_change_keeps_the_distances(tmp_path):
+    summary = with_limits((0.1,))
+    for entry in summary["updates"]:
+        if entry["kind"] != "logits":
+            entry.update(values=[[0.0] * 3] * 2, exponent=None, interval=[None, None])
+    assert "limit" in drawn(summary, tmp_path)
+    distances, changes = plots.limit(summary).axes
+    assert distances.lines and not changes.lines
+
+
+def test_updates_are_labelled_by_what_differs_and_name_the_lr():
+    summary = tracked_summary(alphas=(0.0,), param="mup")
+    summary["updates"] += tracked_summary(alphas=(0.0,), param="sp_full_align")["updates"]
+    for figure in (plots.updates(summary), plots.later_updates(summary)):
+        for ax in figure.axes:
+            labels = ax.get_legend_handles_labels()[1]
+            assert not ax.get_visible() or [label.partition(":")[0] for label in labels] == [
+                "µP", "SP-full-align"]
+        assert "LR 0.1" in texts(figure) and sum(ax.get_visible() for ax in figure.axes) == 5
+
+
+def test_updates_that_are_there_after_the_first_step_alone_are_drawn_alone(tmp_path):
+    summary = tracked_summary()
+    for entry in summary["updates"]:
+        if entry["step"] > 1:
+            entry.update(values=[[None] * 3] * 2, exponent=None, interval=[None, None])
+    names = drawn(summary, tmp_path)
+    assert "updates" in names and "later_updates" not in names
+
+
+def test_alignment_has_a_line_per_width_and_names_its_curve():
+    key = {**CURVE, "alpha": 0.5, "lr": 0.1, "widths": [64, 128], "steps": [1, 2, 3, 4, 8, 12]}
+    entries = [{**key, "layer": layer, "module": f"layers.{layer}", "kind": kind,
+                "values": [[0.5] * 6 if layer or kind == "operator_update" else [None] * 6] * 2}
+               for layer in range(3) for kind in ("operator_update", "operator_propagating")]
+    others = [{**entry, "lr": 0.2} for entry in entries]
+    figure = plots.alignment({**summary_of(), "steps": 12, "alignment": entries + others})
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert len(shown) == 5 and all(len(ax.lines) == 2 for ax in shown)
+    assert "α = 0.5, LR 0.1" in texts(figure).replace("\n", " ")
+
+
+def test_kinds_of_tensor_of_a_gpt_stand_beside_their_predictions():
+    modules = ("embedding", "blocks.0.up", "blocks.1.up", "readout")
+    updates = [{**CURVE, "optimizer": "adam", "param": name, "lr": 0.001, "widths": [64, 128], "step": 1,
+                "module": module, "layer": layer, "kind": kind, "values": [[1.0, 2.0]] * 2, "exponent": 0.9,
+                "interval": [0.8, 1.0], "predicted": 1.0, "regime": "stable"}
+               for name in ("sp", "mup") for layer, module in enumerate(modules)
+               for kind in ("effective", "propagating")]
+    figure = plots.tensor_kinds({**summary_of(), "model": "gpt", "updates": updates})
+    assert [tick.get_text() for tick in figure.axes[1].get_xticklabels()] == ["embedding", "up", "readout"]
+    for ax in figure.axes:
+        assert ax.get_legend_handles_labels()[1] == ["SP", "µP"]
+        ticks = [line for line in ax.collections if line.get_linewidth()[0] > 2]
+        assert sum(len(line.get_segments()) for line in ticks) == 2 * len(modules)
+
+
+def closed_form():
+    """A summary of linear_net.py."""
+    widths = [2 ** k for k in range(6, 21, 2)]
+
+    def line(slope):
+        return [float(n) ** slope for n in widths]
+
+    shared = {"widths": widths, "interval": [-1.1, -0.9]}
+    edges = [{**shared, "param": "sp", "warmup": warmup, "warmup_exponent": growth, "base_width": 64,
+              "max_stable_lr": line(slope), "min_unstable_lr": line(slope), "exponent": slope,
+              "predicted": slope, "flags": []} for warmup, growth, slope in ((0, 0, -1), (32, 0.5, -0.5))]
+    distance = [{**shared, "param": name, "step": step, "values": [line(-0.5)] * 2, "exponent": -0.5,
+                 "predicted": -0.5} for name in ("mup", "ntp") for step in (1, 4)]
+    one_step = [{**shared, "param": "sp", "alpha": alpha, "values": [line(2 - 2 * alpha)] * 2,
+                 "exponent": 2 - 2 * alpha, "predicted": 2 - 2 * alpha} for alpha in (0.5, 1.0)]
+    return {"command": "python linear_net.py", "seconds": 1.0,
+            "linear_net": {"edges": edges, "distance": distance, "one_step": one_step}}
+
+
+def test_a_summary_of_the_linear_net_gives_its_own_figure_alone(tmp_path):
+    assert drawn(closed_form(), tmp_path) == ["linear_net"]
+    axes = plots.linear_net(closed_form()).axes
+    labels = [[label.partition(": ")[0] for label in ax.get_legend_handles_labels()[1]] for ax in axes]
+    assert labels[0] == ["SP, no warmup", "SP, 32 warmup steps × (n / 64)$^{0.5}$"]
+    assert labels[1:] == [["µP, 1 step", "µP, 4 steps", "NTP, 1 step", "NTP, 4 steps"],
+                          ["SP, α = 0.5", "SP, α = 1"]]
+    for ax, dashed in zip(axes, (2, 1, 2)):     # one predicted slope for all distances
+        assert sum(line.get_linestyle() == "--" for line in ax.lines) == dashed
 
 
 def test_where_all_is_null_nothing_is_drawn_and_nothing_fails(tmp_path):
