@@ -478,7 +478,9 @@ def regimes(summary):
     predicted = [row["predicted"] for row in shown if row["predicted"] is not None] or [0.0]
     axes[0, 0].set_ylim(min(predicted) - 0.25, min(max(predicted), 1.6) + 0.75)
     title = f"{setting(summary, shown)} × (n / {summary['base_width']})$^{{-α}}$"
-    return finish(fig, title, legend="lines: predicted\npoints: measured")
+    bound = any(row.get("lower_bound") for row in shown)            # divergence feeds back from step to step
+    below = "\n(later steps, red:\nlower bounds)" if bound else ""
+    return finish(fig, title, legend=f"lines: predicted{below}\npoints: measured")
 
 
 def shade_regimes(ax, regime):
