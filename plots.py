@@ -185,10 +185,10 @@ def panels(count, width, height, columns=3, ylabel="", **kwargs):
 def layer_panels(rows, kinds, layers, height):
     """(fig, {(kind, layer): axes} of the rows): a row per kind, a column per layer."""
     fig, axes = panels(2 * layers, 2.75, height, layers)
-    found = dict.fromkeys((row["kind"], row["layer"]) for row in rows)
+    found = {}
     for (i, j), ax in np.ndenumerate(axes):
         kind, symbol = list(kinds.items())[i]
-        ax.set_visible((kind, j) in found)
+        ax.set_visible(bool(where(rows, kind=kind, layer=j)))
         ax.set_title(f"{'readout' if j == layers - 1 else f'layer {j + 1}'}: {symbol}")
         if ax.get_visible():
             found[kind, j] = ax
@@ -196,7 +196,10 @@ def layer_panels(rows, kinds, layers, height):
 
 
 def finish(fig, title, legend=None):
-    """The title, in lines that fit; with a legend's title, a legend of all labels beside."""
+    """The title, in lines that fit, and height for long legends; with a legend's title, one of all labels."""
+    lines = [len(ax.get_legend().texts) for ax in fig.axes if ax.get_legend()]
+    height = 0.2 * max(lines, default=0) + 2.4          # inches
+    fig.set_figheight(max(fig.get_figheight(), height * fig.axes[0].get_gridspec().nrows))
     fig.suptitle(textwrap.fill(title, int(13 * fig.get_figwidth()), break_on_hyphens=False))
     handles = {}
     for ax in fig.axes[::-1]:
@@ -232,6 +235,9 @@ def width_axis(ax, widths, legend=None, yscale="log", **labels):
         lambda value, _: f"$2^{{{np.log2(value):.0f}}}$" if doubling else f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
     if yscale == "log":
+        low, high = ax.get_ylim()
+        if high < 1.1 * low:            # constant to rounding
+            ax.set_ylim(low / 1.5, high * 1.5)
         log_ticks(ax.yaxis)
     if legend and ax.lines:
         ax.legend(**legend)
@@ -327,11 +333,12 @@ def exponents(summary):
     for i, (ax, row) in enumerate(zip(axes.flat, rows)):
         color, edge, widths = COLOURS[i % 7], edge_of(row), row["widths"]
         predicted = row["predicted_max_stable_exponent"]
-        bars = edge - floats(row["max_stable_lr"]), floats(row["min_unstable_lr"]) - edge
-        ax.errorbar(widths, edge, bars, color=color, fmt="none", capsize=3, elinewidth=1.6)
-        label = f"largest stable LR {fitted(row, 'max_stable_')}"
-        trend(ax, widths, edge, row["max_stable_exponent"], label, color, marker="", predicted=predicted)
-        ax.plot([], **DASHED, label=f"predicted slope {power(predicted)}")
+        if np.isfinite(edge).any():
+            bars = edge - floats(row["max_stable_lr"]), floats(row["min_unstable_lr"]) - edge
+            label = f"largest stable LR {fitted(row, 'max_stable_')}"
+            ax.errorbar(widths, edge, bars, color=color, fmt="none", capsize=3, elinewidth=1.6, label=label)
+            trend(ax, widths, edge, row["max_stable_exponent"], None, color, marker="", predicted=predicted)
+            ax.plot([], **DASHED, label=f"predicted slope {power(predicted)}")
         label = f"optimal LR {fitted(row, 'optimal_')}"
         trend(ax, widths, floats(row["optimal_lr"]), row["optimal_exponent"], label, color, ":")
         width_axis(ax, widths, BELOW, title=name_of(row, rows))
@@ -378,7 +385,8 @@ def phase(summary):
         width_axis(ax, row["widths"], title=f"{name_of(row, rows)}\nedge {edge}, predicted {predicted}")
     colours = plt.cm.ScalarMappable(norm, TRAINED)
     fig.colorbar(colours, ax=axes, label="loss / constant predictor's", shrink=0.6)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    labelled = axes[0, 0].get_legend_handles_labels()
+    fig.legend(*labelled, loc="outside lower center", ncols=min(len(rows) + 1, 3))
     return finish(fig, setting(summary))
 
 
@@ -453,8 +461,8 @@ def calibration(summary):
     rows = [row for row in curves(summary) if (row["model"], row["loss"]) == ("mlp", "ce")]
     some({row["param"] for row in rows}, least=2)
     fig, axes = panels(2, 5.2, 3.2)
-    ylabels = {"val_ece": "expected calibration error", "logit_rms": "RMS of the logits"}
-    for ax, (key, ylabel) in zip(axes.flat, ylabels.items()):
+    ylabels = "expected calibration error", "RMS of the logits"
+    for ax, key, ylabel in zip(axes.flat, ("val_ece", "logit_rms"), ylabels):
         for i, row in enumerate(rows):
             seeds_trend(ax, row["widths"], floats(row["at_optimum"][key]).T, name_of(row, rows), **look(i))
         width_axis(ax, shades(rows), BESIDE, ylabel=ylabel)
@@ -528,6 +536,7 @@ def course(summary):
             ax.text(0.97, 0.95, f"step 1: {power(first)}", transform=ax.transAxes, ha="right", va="top")
         ax.set(xscale="log", yscale="log", xlim=(0.8, 1.2 * row["steps"][-1]), ylim=(low, top), xlabel="step",
                ylabel=COURSE[kind], title="" if i else named(row["loss"]))
+        log_ticks(ax.xaxis)
         ax.label_outer()
     title = f"{setting(summary, rows)}. Triangles: beyond the panel or not finite"
     return finish(fig, title, legend="width")
@@ -585,6 +594,7 @@ def alignment(summary):
         ax.set(xscale="log", ylim=(0, 1.05), xlabel="step")
         for (width, color), values in zip(shades(curve).items(), floats(row["values"])):
             ax.plot(row["steps"], values, color=color, label=f"{width}")
+        log_ticks(ax.xaxis)
     return finish(fig, f"{setting(summary, curve)}. Operator-norm alignment", legend="width")
 
 

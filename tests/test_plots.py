@@ -401,23 +401,86 @@ def test_calibration_of_one_width_has_no_exponent():
         assert texts(plots.calibration(summary_of(*rows))).count("$n^") == count
 
 
+def boxes_of(figure):
+    """[(text, its box in pixels)] of all that is seen: not the ticks beyond an axis, nor hidden panels."""
+    figure.canvas.draw()
+    unseen = {text for ax in figure.axes if not ax.get_visible() for text in ax.findobj(plt.Text)}
+    for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        for tick in axis.get_major_ticks() + axis.get_minor_ticks():
+            if not low <= tick.get_loc() <= high:
+                unseen |= {tick.label1, tick.label2}
+    found = [text for text in figure.findobj(plt.Text) if text.get_visible() and text.get_text().strip()]
+    return [(text.get_text(), text.get_window_extent()) for text in found if text not in unseen]
+
+
+def assert_legible(figure):
+    """No label leaves the figure, no two lie over one another."""
+    width, height = figure.canvas.get_width_height()
+    boxes = boxes_of(figure)
+    for i, (text, box) in enumerate(boxes):
+        assert box.x0 > -3 and box.x1 < width + 3 and box.y0 > -3 and box.y1 < height + 3, text
+        for other, there in boxes[:i]:
+            across = min(box.x1, there.x1) - max(box.x0, there.x0)
+            down = min(box.y1, there.y1) - max(box.y0, there.y0)
+            assert min(across, down) < 2, (text, other)
+
+
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in ROOT.glob("assets/*/summary.json")))
-def test_no_label_of_a_committed_figure_is_cut_off(name, tmp_path):
+def test_labels_of_a_committed_figure_are_neither_cut_off_nor_over_one_another(name):
     summary = json.loads((ROOT / "assets" / name / "summary.json").read_text())
-    committed = [path.stem for path in (ROOT / "assets" / name / "figures").glob("*.png")]
-    for figure_name in committed:
+    for path in (ROOT / "assets" / name / "figures").glob("*.png"):
         with plt.rc_context(plots.STYLE):
-            figure = plots.FIGURES[figure_name](copy.deepcopy(summary))
-            figure.canvas.draw()
-        width, height = figure.canvas.get_width_height()
-        for text in figure.findobj(plt.Text):
-            if not (text.get_visible() and text.get_text().strip()):
-                continue
-            box = text.get_window_extent()
-            if text.get_clip_on() or not np.isfinite(box.extents).all():
-                continue
-            tick = any(text in axis.get_ticklabels() for ax in figure.axes for axis in (ax.xaxis, ax.yaxis))
-            assert tick or (box.x0 > -3 and box.x1 < width + 3 and box.y0 > -3 and box.y1 < height + 3), text
+            assert_legible(plots.FIGURES[path.stem](copy.deepcopy(summary)))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("figure, summary", [
+    ("limit", with_limits((0.1, 0.2, 0.4))), ("linear_net", closed_form()),
+    ("optimal_lr", summary_of(*(sweep_row(alpha=k / 18) for k in range(18)))),
+    ("lr_transfer", summary_of(*(sweep_row(alpha=k / 18) for k in range(5)))),
+    ("exponents", summary_of(sweep_row(0.0, widths=[2 ** k for k in range(8, 17)]))),
+    ("exponents", summary_of(*(sweep_row(0.0, param=name) for name in ("sp", "mup")))),
+    ("phase", summary_of(sweep_row())), ("phase", summary_of(sweep_row(), sweep_row(-1.0, loss="mse"))),
+    ("updates", tracked_summary(hidden_layers=1)),
+    ("updates", tracked_summary(alphas=[k / 20 for k in range(1, 10)])),
+    ("bounded", summary_of(*(sweep_row(loss=loss) for loss in list(plots.NAMES)[:6]))),
+    ("course", tracked_summary(alphas=(0.5,), steps=8)), ("regimes", tracked_summary(hidden_layers=1))])
+def test_labels_stay_legible_with_one_panel_and_with_many_curves(figure, summary):
+    with plt.rc_context(plots.STYLE):
+        assert_legible(plots.FIGURES[figure](summary))
+
+
+def test_labels_that_lie_over_one_another_are_found():
+    figure, ax = plt.subplots()
+    ax.text(0.5, 0.5, "one")
+    assert_legible(figure)
+    ax.text(0.5, 0.5, "two")
+    with pytest.raises(AssertionError):
+        assert_legible(figure)
+
+
+def test_equal_optima_of_all_widths_leave_an_axis_to_read_them_from():
+    row = sweep_row()
+    row.update(optimal_lr=[0.1] * 3, optimal_exponent=1e-17, max_stable_lr=[None] * 3,
+               min_unstable_lr=[None] * 3, max_stable_exponent=None, max_stable_interval=[None, None])
+    ax, = plots.exponents(summary_of(row)).axes
+    low, high = ax.get_ylim()
+    assert low < 0.09 and high > 0.11
+    assert [label.split(" $")[0] for label in ax.get_legend_handles_labels()[1]] == ["optimal LR"]
+
+
+def test_regimes_show_measured_exponents_on_predicted_lines():
+    summary = tracked_summary(alphas=(0.0, 0.25, 0.5, 1.0))
+    figure = plots.regimes(summary)
+    assert [ax.get_title() for ax in figure.axes] == ["CE, after 1 step", "CE, after 4 steps"]
+    ax = figure.axes[0]
+    labels = ax.get_legend_handles_labels()[1]
+    assert sorted(labels) == ["hidden updates", "input update", "logits' change", "output update"]
+    lines = [line for line in ax.lines if len(line.get_xdata()) == 4 and line.get_linestyle() == "-"]
+    assert len(lines) == 4 and all(list(line.get_ydata()) == [0.0, -0.25, -0.5, -1.0] for line in lines)
+    assert {"catastrophic", "controlled\ndivergence", "stable"} == {text.get_text() for text in ax.texts}
+    assert "LR 0.1 × (n / 256)" in texts(figure).replace("\n", " ")
 
 
 @pytest.mark.parametrize("spoil, words", [
@@ -443,3 +506,10 @@ def test_the_script_draws_what_is_asked_and_names_what_it_cannot(tmp_path):
     for figure, words in (("alignment", "cannot be drawn"), ("nonsense", "choose from")):
         ended = run(figure)
         assert ended.returncode == 2 and words in ended.stderr and len(ended.stderr.splitlines()) == 1
+
+
+def test_help_says_what_every_figure_shows():
+    done = subprocess.run([sys.executable, str(ROOT / "plots.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for name, figure in plots.FIGURES.items():
+        assert f"    {name:14} {figure.__doc__}\n" in done.stdout
