@@ -302,27 +302,27 @@ def shared_settings(rows):
     return shared
 
 
-def summarize(rows, criterion="chance", curves=None, widths=None, seeds=None):
-    """The rows of summary.json, one per curve, from result rows alone.
+def asked_or_all(rows, curves=None, widths=None, seeds=None):
+    """curves (tuples of CURVE), widths and seeds (how many): those asked for, else all that the rows have."""
+    return (list(dict.fromkeys(map(curve_of, rows))) if curves is None else curves,
+            sorted({row["width"] for row in rows}) if widths is None else widths,
+            1 + max(row["seed"] for row in rows) if seeds is None else seeds)
 
-    curves (tuples of CURVE), widths and seeds (how many): those to report, else all that the rows have.
-    """
-    curves = list(dict.fromkeys(map(curve_of, rows))) if curves is None else curves
-    widths = sorted({row["width"] for row in rows}) if widths is None else widths
-    seeds = 1 + max(row["seed"] for row in rows) if seeds is None else seeds
-    summary = []
+
+def summarize(rows, criterion="chance", curves=None, widths=None, seeds=None):
+    """The rows of summary.json, one per curve, from result rows alone; the rest as in asked_or_all."""
+    curves, widths, seeds = asked_or_all(rows, curves, widths, seeds)
+    criterion, shared, summary = criterion_of(criterion), shared_settings(rows), []
     for curve in curves:
         found = [(cell, width) for width in widths if len((cell := cell_of(rows, curve, width, seeds))["lr"])]
         if found:
             failed = {row["width"] for row in rows if row["failed"] and curve_of(row) == curve}
-            summary.append(summarize_curve(curve, *zip(*found), sorted(failed), criterion_of(criterion),
-                                           shared_settings(rows)))
+            summary.append(summarize_curve(curve, *zip(*found), sorted(failed), criterion, shared))
     return summary
 
 
 def local_slopes(widths, points):
-    """Slopes of the edge's log LR (the brackets' middles, seed means) between neighbouring widths (W -
-    1,)."""
+    """Slopes (W - 1,) of the edge's log LR, the seed mean of the brackets' middles, from width to width."""
     edge = [float((point["stable"] + point["unstable"]).mean()) / 2 for point in points]
     return (np.diff(edge) / np.diff(np.log(widths))).tolist()
 
@@ -330,7 +330,7 @@ def local_slopes(widths, points):
 def summarize_curve(curve, cells, widths, failed, criterion, shared):
     """The summary of one curve from its cells, one per width; failed: widths at which a run did not fit into
     memory."""
-    told, setting = dict(zip(CURVE, curve)), {name: shared[name] for name in SHOWN if name in shared}
+    told = dict(zip(CURVE, curve))
     points = [points_of(cell, criterion) for cell in cells]
     fits = exponents_of(points, widths)
     bound = param.max_trainable_alpha(told["param"], told["optimizer"], told["loss"], depth(shared),
@@ -340,7 +340,7 @@ def summarize_curve(curve, cells, widths, failed, criterion, shared):
     best = [int(mean.argmin()) for mean in means]
     most_accurate = [np.nan_to_num(cell["val_accuracy"]).mean(0).argmax() for cell in cells]
     return finite({
-        **setting, **told, "widths": list(widths),
+        **{name: shared[name] for name in SHOWN}, **told, "widths": list(widths),
         **{name: [float(np.exp(point[key].mean())) for point in points] for name, key in names.items()},
         "optimal_exponent": fits["optimal"][0], "optimal_interval": fits["optimal"][1],
         "max_stable_exponent": fits["max_stable"][0], "max_stable_interval": fits["max_stable"][1],
@@ -409,9 +409,7 @@ def summarize_tracks(rows, tracks, curves=None, widths=None, seeds=None):
     """{"updates": exponents of every update at the first and the last step, "alignment": its course over
     the steps, "limit": distances to the widest network, "course": logits, hidden updates and loss over the
     steps}, each a list with one entry or more per curve and LR."""
-    curves = list(dict.fromkeys(map(curve_of, rows))) if curves is None else curves
-    widths = sorted({row["width"] for row in rows}) if widths is None else widths
-    seeds = 1 + max(row["seed"] for row in rows) if seeds is None else seeds
+    curves, widths, seeds = asked_or_all(rows, curves, widths, seeds)
     shared, steps = shared_settings(rows), sorted({step for _, step, _ in tracks})
     modules = {}                # of each run, in the network's order
     for row in sorted(tracks.values(), key=lambda row: row["layer"]):
@@ -618,7 +616,7 @@ def report(out, rows, tracks, stable_if, command, curves=None, widths=None, seed
     if len({row["lr"] for row in rows}) > 1:        # one LR alone has no optimum and no edge
         summary["rows"] = summarize(rows, stable_if, curves, widths, seeds)
         print(table(summary["rows"]) if summary["rows"] else "No results.")
-    for curve in curves or dict.fromkeys(map(curve_of, rows)):
+    for curve in asked_or_all(rows, curves)[0]:
         if all(row["failed"] for row in rows if curve_of(row) == curve):
             print(f"! {' '.join(map(str, curve[:3]))}: every run was out of memory; "
                   "use smaller widths or batches")

@@ -2,43 +2,28 @@
 
 Made-up rows have a known optimum and edge; the rest are sweeps of networks that train in seconds.
 """
-import contextlib
-import io
 import itertools
 import json
 import math
 import re
-import sys
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import train        # before torch: it asks for reproducible products
-import torch
 
 import analyze
 import plots
 import sweep
+from conftest import call
 
-torch.set_num_threads(1)        # the nets here are tiny; threads would only wait for each other
 MAIN = {"sweep.py": sweep.main, "analyze.py": analyze.main}
 
 
 def run_script(script, *flags):
     """The script's main in this process, as its command line would call it: returncode, stdout, stderr."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = [script, *map(str, flags)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            train.command_line(MAIN[script])
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.argv = argv
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+    return call(lambda: train.command_line(MAIN[script]), script, *flags)
 
 
 def run_sweep(out, *flags):

@@ -1,6 +1,4 @@
 """Bad input of every script ends with one line that names the value and the remedy, and exit code 2."""
-import contextlib
-import io
 import re
 import runpy
 import struct
@@ -9,7 +7,6 @@ import sys
 import urllib.request
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import train            # before torch: it fixes how MKL sums
 import numpy as np
@@ -21,6 +18,7 @@ import data
 import linear_net
 import param
 import sweep
+from conftest import call
 
 HERE = Path(train.__file__).parent
 MAIN = {
@@ -37,17 +35,7 @@ SWEEP = ("--widths 8 16 --base-width 8 --hidden-layers 2 --steps 8 --train-size 
 
 def run_script(script, *flags):
     """The script in this process, as its command line would call it: returncode, stdout, stderr."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = [script, *map(str, flags)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            MAIN[script]()
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.argv = argv
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+    return call(MAIN[script], script, *flags)
 
 
 def refused(words, script, *flags):

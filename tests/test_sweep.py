@@ -3,7 +3,6 @@
 Searches run on made-up landscapes {k: (loss, stable)} over lattice points k, sweeps on networks that train
 in seconds. Those that are killed, interrupted or shared out over processes: test_faults.py.
 """
-import contextlib
 import functools
 import io
 import itertools
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,26 +24,16 @@ import torch
 import analyze
 import param
 import sweep
+from conftest import call
 
 HERE = Path(sweep.__file__).parent
 MAIN = {"sweep.py": sweep.main, "train.py": train.main}
 KINDS = pytest.mark.parametrize("kind", ["grid", "coarse-to-fine"])
-torch.set_num_threads(1)        # the nets here are tiny; threads would only wait for each other
 
 
 def run_script(script, *flags):
     """The script's main in this process, as its command line would call it: returncode, stdout, stderr."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = [script, *map(str, flags)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            train.command_line(MAIN[script])
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.argv = argv
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+    return call(lambda: train.command_line(MAIN[script]), script, *flags)
 
 
 def run_sweep(out, *flags):
@@ -786,6 +774,6 @@ def test_a_tracked_sweep_of_which_nothing_fits_says_so(tmp_path, monkeypatch, lr
     done, again = (run_sweep(tmp_path, flags) for _ in range(2))
     assert done.returncode == 0, done.stderr
     assert "width 3000000: out of memory for a single run" in done.stderr
-    for call in (done, again):
-        assert "every run was out of memory" in call.stdout
+    for ended in (done, again):
+        assert "every run was out of memory" in ended.stdout
     assert all(row["failed"] == "out of memory" for row in analyze.read_rows(tmp_path).values())

@@ -1,14 +1,10 @@
 """train.py: rows against torch.optim one run at a time, divergence, GPTs, checkpoints, files."""
-import contextlib
 import copy
-import io
 import json
 import math
 import re
 import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import train            # before torch: it fixes how MKL sums
 import numpy as np
@@ -22,6 +18,7 @@ import metrics
 import models
 import param
 from stack import LOSSES
+from conftest import call
 
 HERE = Path(train.__file__).parent
 SMALL = dict(width=24, base_width=16, hidden_layers=2, steps=50,
@@ -58,17 +55,7 @@ def flags_of(settings):
 
 def run_script(*flags):
     """train.py in this process, as its command line would call it: returncode, stdout, stderr."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["train.py", *map(str, flags)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            train.command_line(train.main)
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.argv = argv
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+    return call(lambda: train.command_line(train.main), "train.py", *flags)
 
 
 def lines(folder, pattern):
@@ -225,8 +212,7 @@ def test_a_row_does_not_depend_on_its_stack_to_the_last_bit(variant, f32):
         together = train.train(runs, f32)
         by_one = [train.train([run], f32)[0] for run in runs]
     finally:
-        torch.set_num_threads(1)
-    assert all(row["diverged_at"] is None for row in together)
+            assert all(row["diverged_at"] is None for row in together)
     assert [results(row) for row in together] == [results(row) for row in by_one]
 
 
