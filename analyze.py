@@ -284,10 +284,10 @@ def exponents_of(points, widths):
 
 # ---- the rows of summary.json ----
 
-def depth(config):
-    """Hidden activations as param.predict counts them: a GPT's embedding, its decoder layers, what the
-    readout sees."""
-    return config["layers"] + 2 if config["model"] == "gpt" else config["hidden_layers"]
+def depth(shared):
+    """Hidden activations as param.predict counts them: one more than hidden matrices. That is exact for an
+    MLP; of other networks only counts whether there is any."""
+    return 1 + shared["network"]["hidden_tensors"]
 
 
 def shared_settings(rows):
@@ -299,7 +299,9 @@ def shared_settings(rows):
         if name not in shared:
             values = " and ".join(sorted({repr(row[name]) for row in rows}))
             raise InputError(f"the rows have {name} = {values}; analyze the rows of one sweep at a time")
-    return shared
+    networks = [row["network"] for row in rows if row.get("network")]       # a failed run has none
+    network = networks[0] if networks else {"hidden_tensors": 2, "roles_given": False}
+    return {**shared, "network": {**network, "uneven": any(network["uneven"] for network in networks)}}
 
 
 def asked_or_all(rows, curves=None, widths=None, seeds=None):
@@ -354,9 +356,20 @@ def summarize_curve(curve, cells, widths, failed, criterion, shared):
         "at_optimum": {name: [cell[name][:, k].tolist() for cell, k in zip(cells, best)]
                        for name in train.VALIDATION},                       # [W][S]
         "chance_loss": cells[0]["chance"],
-        "flags": flags_of(points, fits, cells, widths, failed, criterion),
+        "flags": flags_of(points, fits, cells, widths, failed, criterion) + assumptions(shared),
         "curves": [{"lr": cell["lr"].tolist(), "train_loss": np.where(
             cell["losses"] < DIVERGED, cell["losses"], math.nan).tolist()} for cell in cells]})
+
+
+def assumptions(shared):
+    """What the prediction of a network of the user's takes for granted, where that is in doubt."""
+    said, network = [], shared["network"]
+    if ":" in shared["model"] and network["uneven"]:
+        said.append("the prediction takes all dimensions that grow for proportional to the width; here some "
+                    "grow otherwise")
+    if network["roles_given"]:
+        said.append("the prediction takes the roles given for right")
+    return said
 
 
 def flags_of(points, fits, cells, widths, failed, criterion):
@@ -571,7 +584,7 @@ def table(summary):
                          f"{lr(row['min_unstable_lr'][i]):>13}  {'' if slope is None else f'{slope:+.2f}':>5}"
                          .rstrip())
     chances = {row["loss"]: row["chance_loss"] for row in summary}
-    unigram = " (the tokens' unigram entropy)" if "ce" in chances and summary[0]["model"] == "gpt" else ""
+    unigram = " (the tokens' unigram entropy)" if "ce" in chances and train.is_text(summary[0]) else ""
     chances = ", ".join(f"{loss} {value:.3g}" for loss, value in chances.items())
     lines += ["", f"A constant predictor's loss: {chances}{unigram}"]
     lines += [f"! {name_of(row).strip()}: {flag}" for row in summary for flag in row["flags"]]
@@ -596,6 +609,8 @@ def update_table(updates):
             group.setdefault(kind, []).append(entry)
     lines = []
     for name, of_kind in groups.items():
+        if all(entry["exponent"] is None for entries in of_kind.values() for entry in entries):
+            continue            # an LR that other widths did not run
         cells = [f"{words(of_kind[kind], 'exponent')} ({words(of_kind[kind], 'predicted')})"
                  if kind in of_kind else "" for kind in kinds]
         lines.append((name + "  ".join(cell.rjust(kinds[kind]) for kind, cell in zip(kinds, cells))).rstrip())

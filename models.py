@@ -14,7 +14,18 @@ biases and tied weights in GPT.
 
     model = MLP(784, width=512, hidden_layers=3, d_out=10)
     model = GPT(vocab_size=256, width=256, layers=4, context=128)
+    model = own("net.py:build", 512, Shape(784, 10, text=False))        # a network in a file of yours
 """
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import inspect
+import modulefinder
+import sys
+import traceback
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -159,3 +170,124 @@ def rotary_table(context, dims, device, dtype):
             angles = position[:, None, None] * theta
             _ROTARY_TABLES[key] = angles.cos(), angles.sin()
     return _ROTARY_TABLES[key]
+
+
+# ---- networks of your own: "FILE.py:FUNCTION" names a function build(width) or build(width, shape) ----
+
+class Shape(NamedTuple):
+    """What the data ask of a network: floats (B, inputs) -> logits (B, classes), or of text, token ids
+    (B, inputs) -> logits (B, inputs, classes)."""
+    inputs: int
+    classes: int
+    text: bool
+
+
+class Source(NamedTuple):
+    path: Path
+    build: object       # build(width) or build(width, shape) -> nn.Module
+    roles: object       # {parameter name or pattern: role}, or a function: name -> role or None
+    digest: str         # of the file, and of the files beside it that it imports
+
+
+@functools.cache
+def load(spec):
+    """The Source of "FILE.py:FUNCTION", read once.
+
+    ValueError: no such file or function, or what it raises.
+    """
+    file, _, name = spec.rpartition(":")
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise ValueError(f"model is {spec!r}, and {file} is no file; give FILE.py:FUNCTION")
+    with _blaming(path):
+        finder = modulefinder.ModuleFinder([str(path.parent)])
+        finder.run_script(str(path))
+        files = {part.__name__: Path(part.__file__) for part in finder.modules.values() if part.__file__}
+        for part, beside in files.items():
+            loaded = getattr(sys.modules.get(part), "__file__", None)
+            if part != "__main__" and loaded and Path(loaded).resolve() != beside:
+                raise ImportError(f"{beside.name} bears the name of {loaded}, loaded before; rename it")
+        sys.path.append(str(path.parent))
+        module_spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
+        module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise ValueError(f"model is {spec!r}, and {file} has no function {name!r}; "
+                         f"it has {', '.join(known) or 'none'}")
+    digest = hashlib.sha256(b"".join(files[part].read_bytes() for part in sorted(files))).hexdigest()
+    return Source(path, getattr(module, name), getattr(module, "roles", {}), digest[:16])
+
+
+@contextlib.contextmanager
+def _blaming(path):
+    """What a file raises becomes a ValueError of one line, which names the line in that file."""
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = lines[-1] if lines else getattr(error, "lineno", None) or 1
+        words = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"{path.name}:{line}: {type(error).__name__}: {' '.join(words[-1:])}") from error
+
+
+def own(spec, width, shape):
+    """The network that a file builds, as it initializes it, in evaluation mode; an output with .logits
+    (transformers') is unwrapped.
+
+    ValueError: what its file raises, and what a stack of replicas cannot train (state outside the weights).
+    """
+    source = load(spec)
+    with _blaming(source.path):
+        needed = [p for p in inspect.signature(source.build).parameters.values() if p.default is p.empty]
+        model = source.build(width, shape) if len(needed) > 1 else source.build(width)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{spec} built a {type(model).__name__} at width {width}, and no nn.Module")
+    for name, module in model.named_modules():
+        kind = f"{name or 'the model'} is a {type(module).__name__}"
+        if getattr(module, "running_mean", None) is not None:
+            raise ValueError(f"{kind}, whose running statistics all replicas of a stack would share; "
+                             "use LayerNorm or GroupNorm, or track_running_stats=False")
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise ValueError(f"{kind} with p = {module.p}, which draws other numbers in a stack than alone; "
+                             "build the model with p = 0")
+    frozen = [name for name, weights in model.named_parameters() if not weights.requires_grad]
+    if frozen:
+        raise ValueError(f"{frozen[0]} has requires_grad=False; register it as a buffer")
+    model.register_forward_hook(lambda module, args, output: getattr(output, "logits", output))
+    return model.eval()
+
+
+@functools.lru_cache(64)
+def own_shapes(spec, width, shape):
+    """The same on the meta device, but for its buffers, after a forward and a backward pass on two samples.
+
+    ValueError unless they become finite logits of the right shape that depend on every parameter.
+    """
+    model = own(spec, width, shape)
+    expected = (2, shape.inputs, shape.classes) if shape.text else (2, shape.classes)
+    with _blaming(load(spec).path), torch.random.fork_rng(devices=[]):
+        x = torch.zeros(2, shape.inputs, dtype=torch.long) if shape.text else torch.randn(2, shape.inputs)
+        logits = model(x)
+    if not isinstance(logits, torch.Tensor) or logits.shape != expected:
+        got = tuple(getattr(logits, "shape", ())) or type(logits).__name__
+        raise ValueError(f"{spec} made {got} of a batch {tuple(x.shape)}; it must make logits {expected}")
+    if not logits.isfinite().all():
+        raise ValueError(f"{spec} makes logits that are not finite at width {width}, before any training")
+    weights = dict(model.named_parameters())
+    grads = torch.autograd.grad(logits.sum(), list(weights.values()), allow_unused=True)
+    unused = [name for name, grad in zip(weights, grads) if grad is None]
+    if unused:
+        raise ValueError(f"the logits of {spec} do not depend on {unused[0]}; remove it")
+    return put(model, [w.detach().to("meta") for w in weights.values()])
+
+
+def put(model, weights):
+    """The model with these tensors, in the order of model.parameters(), as its parameters: no copy, of any
+    device and dtype, in every place where a tied one is used."""
+    new = {id(old): nn.Parameter(w) for old, w in zip(model.parameters(), weights)}
+    for module in model.modules():
+        module._parameters.update({name: new[id(old)] for name, old in module._parameters.items()
+                                   if old is not None})
+    return model

@@ -352,6 +352,27 @@ def init_(model, base, parameterization, generator=None, zero_readout=False, gai
     return model
 
 
+def own_stds(base):
+    """{name: RMS} of the weights that base was built with, those that are constant left out."""
+    return {name: w.detach().square().mean().sqrt().item() for name, w in base.named_parameters()
+            if (w != w.flatten()[0]).any()}
+
+
+def rescale_(model, base, parameterization, overrides=None):
+    """Keeps the model's own initialization instead of init_'s: scales every weight, as built, to the RMS that
+    it has in base times m^-b, and returns model. Constant tensors (zeros, ones) stay. Twice is as once.
+
+    base must hold its weights, built like the model's; at the base width nothing changes.
+    """
+    records, e = _scaled(model, base, overrides), exponents(parameterization, "sgd")
+    _warn_if_nothing_scales(records, overrides)
+    now, at_base = own_stds(model), own_stds(base)
+    for r in records:
+        if r.name in now and r.name in at_base:
+            r.tensor.data.mul_(at_base[r.name] / now[r.name] * r.m ** -e[r.role][0])
+    return model
+
+
 def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0, weight_decay=0.0, eps=1e-8,
                  role_lr=None, overrides=None):
     """Parameter groups for torch.optim, one per role and width ratio. Plain numbers, no tags.
@@ -396,7 +417,8 @@ def plan(model, base, parameterization, optimizer, lr, alpha=0.0, weight_decay=0
          role_lr=None, gain=2 ** 0.5, overrides=None, std=None):
     """A table to read before training: shape, role, m, init std, LR, weight decay and ε of each tensor.
 
-    Says so right below its heading when nothing scales. Arguments as in init_ and param_groups.
+    Says so right below its heading when nothing scales and no roles are given. Arguments as in init_ and
+    param_groups.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -415,7 +437,7 @@ def plan(model, base, parameterization, optimizer, lr, alpha=0.0, weight_decay=0
             f"{group['lr']:.4g}", f"{group['weight_decay']:.4g}", group_eps))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [f"{parameterization}, {optimizer}, lr {lr:g}, alpha {alpha:g}"]
-    if all(r.m == 1 for r in records):
+    if all(r.m == 1 for r in records) and not overrides:
         lines.append(_NOTHING_SCALES)
     for row in rows:
         lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -247,7 +248,7 @@ def replica_size(config):
     model, _, _ = train.build(config)
     parameters = sum(p.numel() for p in model.parameters())
     rule = train.rule_of(config)
-    fused = rule.plain and config["model"] == "mlp"
+    fused = rule.plain and train.network_of(config, model).descend is not None
     copies = (6 if rule.optimizer == "adam" else 1 if fused else 3) + (config["accumulate"] > 1)
     activations = 3 * sum(sum(p.shape) for p in model.parameters())         # a sample's
     floats = copies * parameters + samples_of(config) // config["accumulate"] * activations
@@ -256,7 +257,7 @@ def replica_size(config):
 
 def samples_of(config):
     """Samples of a step, or tokens."""
-    return config["batch_size"] * (config["context"] if config["model"] == "gpt" else 1)
+    return config["batch_size"] * (config["context"] if train.is_text(config) else 1)
 
 
 def most_replicas(config, device):
@@ -264,7 +265,7 @@ def most_replicas(config, device):
     parameters, memory = replica_size(config)
     if torch.device(device).type == "cuda":         # half of the free memory
         return max(1, min(256, torch.cuda.mem_get_info(device)[0] // 2 // memory)), 1
-    if config["model"] == "gpt":                    # stacked attention loses on the CPU
+    if train.better_alone(config):                  # stacked attention loses on the CPU
         return 1, 1
     threads = torch.get_num_threads()               # they share a stack's products out by replicas
     in_cache = threads * max(1, 2 ** 19 // parameters)          # 2 MB of weights a thread, or one replica
@@ -281,6 +282,8 @@ def stacks(runs, device="cpu", size="auto", shares=1):
         groups.setdefault((*shared, run["weight_decay"] > 0), []).append(run)       # decay rounds otherwise
     for group in groups.values():
         most, unit = most_replicas(group[0], device) if size == "auto" else (size, 1)
+        if most > 1 and not train.stackable(group[0]):
+            most, unit = 1, 1
         units = math.ceil(len(group) / unit)
         parts = max(math.ceil(units / max(1, most // unit)), min(shares, units))
         bounds = [min(len(group), unit * (units * i // parts)) for i in range(parts + 1)]       # equal sizes
@@ -402,8 +405,10 @@ def check_folder(out, rows, given, track):
             settled[curve] = {name: config[name] for name in config if name not in GRID}
         for name, value in settled[curve].items():
             if row.get(name, value) != value:
-                raise InputError(f"{out} holds runs with {name} = {row[name]!r}, not {value!r}; "
-                                 "use another --out")
+                said = f"{name} = {row[name]!r}, not {value!r}"
+                if name == "code":
+                    said = f"another version of {row['model']}, or of a file beside it that it imports"
+                raise InputError(f"{out} holds runs with {said}; use another --out")
     path = out / "config.json"
     try:
         before = json.loads(path.read_text()).get("track", track) if rows and path.exists() else track
@@ -460,6 +465,15 @@ def progress_line(args, given, curves, rows):
             print(line, file=sys.stderr, flush=True)
 
     return report
+
+
+def print_plans(args, given, curves):
+    """param.plan of every width, once for curves that draw and train alike."""
+    lr = args["lrs"][0] if args["lrs"] else train.SETTINGS["lr"][0]
+    plans = {train.plan(run): run["width"] for width in args["widths"] for curve in curves
+             for run in runs_of(given, curve, width, lr, 1)}
+    for table, width in plans.items():
+        print(f"width {width}: {table}\n")
 
 
 def dry_run(args, given, curves, device):
@@ -527,7 +541,8 @@ def parse(argv=None):
     sweep_flags(parser)
     train.add_flags(parser, several=CURVE, without=("width", "lr", "seed"), defaults={"loss": "ce mse"})
     chosen, _ = parser.parse_known_args(argv)
-    name = chosen.preset or ("gpt_small" if chosen.model == "gpt" else "headline")
+    text = chosen.model == "gpt" or chosen.model and chosen.data and chosen.data not in data.SHAPES
+    name = chosen.preset or ("gpt_small" if text else "headline")
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
     _, flags, of_paper = PRESETS[name]
@@ -542,7 +557,7 @@ def parse(argv=None):
     args["criterion"] = analyze.criterion_of(args["stable_if"])
     args["widths"] = sorted(set(args["widths"]))
     args["search"] = "grid" if args["lrs"] else args["search"]
-    given = {name: args[name] for name in train.SETTINGS if name not in GRID and args[name] is not None}
+    given = {name: value for name, value in train.settings_given(args).items() if name not in GRID}
     given["width"] = args["widths"][0]      # the default may be no multiple of --head-dim
     curves = curves_of(args, given)
     for curve, width, lr in itertools.product(curves, args["widths"], args["lrs"] or [1.0]):
@@ -556,9 +571,9 @@ def default_out(preset, chosen):
     """out/PRESET, and the settings given: other curves do not overwrite a preset's summary."""
     parts = [preset]
     for name, value in chosen.items():
-        if name in train.SETTINGS and name != "model" and value is not None:
+        if name in train.SETTINGS and value not in (None, "gpt", "mlp"):
             value = "-".join(map(str, value if isinstance(value, list) else [value]))
-            parts.append(f"{name}-{value}".replace("/", "_"))
+            parts.append(re.sub(r"[^\w.+-]+", "_", f"{name}-{value}"))
     return "out/" + "_".join(parts)
 
 
@@ -596,10 +611,12 @@ def main():
     args, given, curves = parse()
     out, device, splits = args["out"], train.choose_device(args["device"]), None
     first, = runs_of(given, curves[0], given["width"], 1.0, 1)
-    if first["model"] == "gpt":         # the data tell the vocabulary, which is part of a run's identity
+    if train.is_text(first):            # the data tell the vocabulary, which is part of a run's identity
         splits = data.load(first, args["data_dir"], device)
         given["vocab_size"] = splits.classes
     team = Team()
+    if args["plan"]:
+        return print_plans(args, given, curves)
     if args["dry_run"]:
         return dry_run(args, given, curves, device)
     with open_folder(out, team.rank):

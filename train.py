@@ -20,8 +20,10 @@ SAME_BITS = "torch" not in sys.modules or "MKL_CBWR" in os.environ
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")        # before torch loads MKL: same bits in any stack
 
 import argparse
+import contextlib
 import copy
 import difflib
+import fnmatch
 import functools
 import hashlib
 import json
@@ -31,6 +33,7 @@ import platform
 import re
 import subprocess
 import time
+import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -54,6 +57,8 @@ NONNEGATIVE = Kind(float, lambda v: 0 <= v < math.inf, "a number, at least 0")
 FRACTION = Kind(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
 EXPONENT = Kind(float, lambda v: -10 <= v <= 10, "a number from -10 to 10")
 TEXT = Kind(str, bool, "a name")
+WORDS = Kind(str, lambda v: True, "words")
+NETWORK = Kind(str, lambda v: v in ("mlp", "gpt") or ":" in v, "mlp, gpt or FILE.py:FUNCTION")
 FLAG = Kind(bool, lambda v: True, "true or false")
 
 
@@ -62,21 +67,27 @@ def one_of(names):
 
 
 SETTINGS = {    # name: (default, kind, help)
-    "model":         ("mlp", one_of(("mlp", "gpt")), "network"),
+    "model":         ("mlp", NETWORK, "mlp, gpt, or FILE.py:FUNCTION: a function build(width), or "
+                      "build(width, shape), in a file of yours that returns a torch module"),
     "width":         (256, COUNT, "hidden units"),
     "base_width":    (256, COUNT, "width at which all parameterizations coincide"),
     "hidden_layers": (4, COUNT, "hidden activations; 7 is the paper's 8-layer MLP"),
     "activation":    ("relu", one_of(models.ACTIVATIONS), "nonlinearity"),
     "bias":          (False, FLAG, "biases, initially zero"),
     "layers":        (2, COUNT, "gpt: decoder layers"),
-    "context":       (32, COUNT, "gpt: tokens of a sample"),
+    "context":       (32, COUNT, "text: tokens of a sample"),
     "head_dim":      (32, COUNT, "gpt: size of an attention head, at every width"),
     "norm_affine":   (True, FLAG, "gpt: trainable gains of LayerNorm"),
     "qk_norm":       (True, FLAG, "gpt: LayerNorm on queries and keys"),
+    "init":          ("he", one_of(("he", "own")), "he: normal, variance 2 / fan-in (text: 1 / fan-in); own: "
+                      "as the network is built, with each tensor's RMS at the base width"),
+    "roles":         ("", WORDS, "NAME=ROLE ... where shapes do not tell; NAME may have * and ?, ROLE is one "
+                      f"of {', '.join(param.ROLES)}"),
+    "code":          ("", WORDS, "hash of FILE.py and of the files beside it that it imports"),
     "trainable":     ("all", one_of(param.TRAINABLE), "readout: random features"),
-    "data":          ("multi_index", TEXT, f"{', '.join(data.SHAPES)}; gpt: stdlib (the sources of Python's "
-                      "standard library), or a file or folder of text or .bin tokens"),
-    "vocab_size":    (0, WHOLE, "gpt: tokens; 0 is as many as the data has"),
+    "data":          ("multi_index", TEXT, f"{', '.join(data.SHAPES)}; text: stdlib (the sources of "
+                      "Python's standard library), or a file or folder of text or .bin tokens"),
+    "vocab_size":    (0, WHOLE, "text: tokens; 0 is as many as the data has"),
     "train_size":    (20_000, COUNT, "multi_index: training samples"),
     "val_size":      (1_000, COUNT, "validation samples"),
     "data_seed":     (0, WHOLE, "multi_index: seed of the samples"),
@@ -101,13 +112,21 @@ SETTINGS = {    # name: (default, kind, help)
     "seed":          (0, WHOLE, "seed of initialization and data order"),
     "dtype":         ("float32", one_of(("float32", "float64", "bfloat16")), "bfloat16: by autocast"),
 }
-GPT = dict(data="stdlib", base_width=64, batch_size=8, val_size=128, decay="cosine", warmup=10)
-DEFAULTS = {    # (model, optimizer): the defaults that differ there; the GPT's are the paper's
-    ("gpt", "sgd"):  GPT,
-    ("gpt", "adam"): dict(GPT, eps=1e-12, weight_decay=0.1, clip=1.0),
-}
+# The defaults that differ on text, the paper's.
+ON_TEXT = dict(data="stdlib", base_width=64, batch_size=8, val_size=128, decay="cosine", warmup=10)
+ADAM_ON_TEXT = dict(eps=1e-12, weight_decay=0.1, clip=1.0)
 # What may differ within one stack; everything else is shape, data, loss or schedule.
 PER_REPLICA = ("lr", "seed", "param", "alpha", "weight_decay", "eps", "trainable", "readout_scale")
+
+
+def is_text(config):
+    """Is it tokens that the network reads?"""
+    return config["data"] not in list(data.SHAPES)
+
+
+def is_own(config):
+    """Is the network one of the user's?"""
+    return ":" in config["model"]
 
 
 def configure(run):
@@ -116,8 +135,15 @@ def configure(run):
     if unknown:
         raise InputError(f"unknown setting {unknown[0]!r}; choose from {', '.join(SETTINGS)}")
     config = {name: default for name, (default, _, _) in SETTINGS.items()}
-    config.update(DEFAULTS.get(tuple(run.get(name, config[name]) for name in ("model", "optimizer")), {}))
     config.update(run)
+    if config["model"] == "gpt" and "data" not in run or is_text(config):
+        config.update(ON_TEXT)
+        config.update(ADAM_ON_TEXT if config["optimizer"] == "adam" else {})
+        config.update(run)
+    if isinstance(config["model"], str) and is_own(config):
+        with refusing():
+            config["code"] = models.load(config["model"]).digest
+        config["init"] = run.get("init", "own")
     for name, (_, kind, _) in SETTINGS.items():
         value = config[name]
         number = kind.type in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -138,10 +164,10 @@ def check_together(config):
         refuse("batch_size", f"it must be a multiple of accumulate = {config['accumulate']}")
     if config["warmup"] > config["steps"]:
         refuse("warmup", f"it must be at most steps = {config['steps']}")
-    if config["model"] == "mlp" and config["data"] not in data.SHAPES:
+    if config["model"] == "mlp" and is_text(config):
         refuse("data", f"for model mlp it must be one of {', '.join(data.SHAPES)}")
     if config["model"] == "gpt":
-        if config["data"] in data.SHAPES:
+        if not is_text(config):
             refuse("data", "for model gpt it must be stdlib, or a file or folder of text or tokens")
         for name in ("width", "base_width"):
             if config[name] % config["head_dim"]:
@@ -155,23 +181,82 @@ def run_id(config):
 
 # ---- from settings to a stack ----
 
-def build(config):
-    """The model, its base and the roles of its tensors, on the meta device: only shapes matter here.
-    InputError."""
-    def network(width):
-        if config["model"] == "gpt":
-            return models.GPT(config["vocab_size"] or 256, width, config["layers"], config["context"],
-                              config["head_dim"], config["norm_affine"], config["qk_norm"])
-        d_in, classes = data.SHAPES[config["data"]]
-        return models.MLP(d_in, width, config["hidden_layers"], classes, config["activation"], config["bias"])
+@contextlib.contextmanager
+def refusing():
+    """What a network refuses (ValueError) becomes a line for its user."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
-    with torch.device("meta"):
-        try:
-            model, base = network(config["width"]), network(config["base_width"])
-            wider = network(2 * config["base_width"])       # tells the roles at the base width too
-            return model, base, param.infer_roles(wider, base)
-        except ValueError as error:         # sizes that the network refuses
-            raise InputError(str(error)) from None
+
+def shape_of(config):
+    """What the data ask of a network."""
+    if is_text(config):
+        return models.Shape(config["context"], config["vocab_size"] or 256, True)
+    return models.Shape(*data.SHAPES[config["data"]], False)
+
+
+def network(config, width, own=models.own):
+    """The network at a width, with the initial weights that it gives itself."""
+    shape = shape_of(config)
+    if config["model"] == "gpt":
+        return models.GPT(shape.classes, width, config["layers"], config["context"], config["head_dim"],
+                          config["norm_affine"], config["qk_norm"])
+    if config["model"] == "mlp":
+        return models.MLP(shape.inputs, width, config["hidden_layers"], shape.classes, config["activation"],
+                          config["bias"])
+    return own(config["model"], width, shape)
+
+
+def build(config, device="cpu"):
+    """The model, its base and the roles of its tensors, on the meta device: only shapes matter here. Buffers,
+    which a network of the user's may have, are the model's own, on the device. InputError."""
+    wider = 2 * config["base_width"]            # tells the roles at the base width too
+    with refusing(), torch.device("cpu" if is_own(config) else "meta"):
+        model, base, wider = (copy.deepcopy(network(config, width, models.own_shapes))
+                              for width in (config["width"], config["base_width"], wider))
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                dtype = weight_dtype(config) if torch.is_floating_point(buffer) else buffer.dtype
+                module._buffers[name] = buffer.to(device, dtype)
+        return model, base, roles_of(config, wider, base)
+
+
+def description(config, model, base, roles):
+    """What a prediction must know of the network, for its rows."""
+    pairs = [pair for w, w0 in zip(model.parameters(), base.parameters()) for pair in zip(w.shape, w0.shape)]
+    uneven = any(n != n0 and n * config["base_width"] != n0 * config["width"] for n, n0 in pairs)
+    told = config["roles"] or is_own(config) and models.load(config["model"]).roles
+    return {"hidden_tensors": list(roles.values()).count("hidden"), "uneven": uneven,
+            "roles_given": bool(told)}
+
+
+def roles_of(config, model, base):
+    """{parameter name: role}, from shapes but for those that --roles, or the network's own file, tell."""
+    names = [name for name, _ in model.named_parameters()]
+    told = models.load(config["model"]).roles if is_own(config) else {}
+    if callable(told):
+        told = {name: told(name) for name in names if told(name)}
+    told = {**told, **dict(word.rpartition("=")[::2] for word in config["roles"].split())}
+    overrides = {}
+    for pattern, role in told.items():
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise ValueError(f"roles name {pattern!r}, which is no parameter; choose from {', '.join(names)}")
+        overrides.update(dict.fromkeys(found, role))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            roles = param.infer_roles(model, base, overrides)
+    except ValueError as error:
+        if "overrides=" not in str(error):
+            raise
+        raise ValueError(f"{str(error).partition('; pass')[0]}; give it a role by --roles NAME=ROLE, or by "
+                         f"roles = {{NAME: ROLE}} in its file; roles: {', '.join(param.ROLES)}") from None
+    if set(roles.values()) == {"vector"}:
+        raise ValueError(f"no parameter of {config['model']} becomes larger with its width")
+    return roles
 
 
 def weight_dtype(config):
@@ -197,8 +282,39 @@ def network_of(config, model):
     """How this model's logits and gradients are computed."""
     if config["model"] == "mlp" and not config["bias"] and config["dtype"] != "bfloat16":
         return stack.mlp_network(loss_of(config), config["activation"] == "relu")
-    # vmap would lose a GPT's fast attention; the rows of an MLP depend on no stack's size
-    return stack.module_network(model, loss_of(config), alone=config["model"] == "gpt")
+    return stack.module_network(model, loss_of(config), alone=better_alone(config))
+
+
+def better_alone(config):
+    """Does a run that is alone in its stack train without vmap? Attention and convolutions are faster so;
+    other networks give the same rows in any stack."""
+    return is_text(config) or is_own(config) and tried(config) != "stacked"
+
+
+def stackable(config):
+    """Can vmap run the network at all?"""
+    return not is_own(config) or tried(config) != "one by one"
+
+
+def tried(config):
+    """How runs of a network of the user's train: "stacked", with "convolutions", or "one by one"."""
+    return _tried(config["model"], config["base_width"], shape_of(config))
+
+
+@functools.cache
+def _tried(spec, width, shape):
+    model = models.own(spec, width, shape)
+    x = torch.zeros(2, 2, shape.inputs, dtype=torch.long if shape.text else torch.float32)      # (R, B, ...)
+    y = torch.zeros(2, 2, *[shape.inputs] * shape.text, dtype=torch.long)
+    weights = [w.detach().expand(2, *w.shape) for w in model.parameters()]
+    try:
+        stack.module_network(model, stack.ce).gradients(weights, x, y)
+    except Exception as error:          # whatever vmap, or the network within it, raises
+        words = str(error).strip().partition("\n")[0].partition(". ")[0]
+        print(f"{spec} cannot be stacked, so its runs train one by one: {words}", file=sys.stderr)
+        return "one by one"
+    convolves = any(isinstance(module, torch.nn.modules.conv._ConvNd) for module in model.modules())
+    return "convolutions" if convolves else "stacked"
 
 
 def rule_of(config):
@@ -215,14 +331,37 @@ def replica_groups(run, model, base, roles):
 
 def replica_init(run, model, base, roles, dtype):
     """The initial weights of one run, [shape] in the model's order, on the CPU, from the run's seed alone."""
-    fresh = copy.deepcopy(model)
-    empty = {name: torch.empty(w.shape, dtype=dtype) for name, w in model.state_dict().items()}
-    fresh.load_state_dict(empty, assign=True)
-    gain = math.sqrt(2) if run["model"] == "mlp" else 1.0       # He's for ReLU; a GPT's inputs are normalized
-    readout = {"output": run["readout_scale"] * gain / math.sqrt(run["base_width"])}
-    generator = torch.Generator().manual_seed(run["seed"])
-    param.init_(fresh, base, run["param"], generator, gain=gain, std=readout, overrides=roles)
+    if run["init"] == "own":
+        fresh, built = (as_built(run, run[width]).to(dtype) for width in ("width", "base_width"))
+        param.rescale_(fresh, built, run["param"], roles)
+    else:
+        empty = [torch.empty(w.shape, dtype=dtype) for w in model.parameters()]
+        fresh, generator = models.put(copy.deepcopy(model), empty), torch.Generator().manual_seed(run["seed"])
+        param.init_(fresh, base, run["param"], generator, gain=gain_of(run), overrides=roles)
+    for name, weights in fresh.named_parameters():
+        if roles[name] == "output" and run["readout_scale"] != 1:
+            weights.data.mul_(run["readout_scale"])
     return [weights.detach() for weights in fresh.parameters()]
+
+
+def as_built(run, width):
+    """The network with the weights that it gives itself, from the run's seed alone."""
+    with torch.random.fork_rng(devices=[]), refusing():
+        torch.manual_seed(run["seed"])
+        return network(run, width)
+
+
+def gain_of(config):
+    """He's for ReLU; the inputs of a decoder's layers are normalized."""
+    return 1.0 if is_text(config) else math.sqrt(2)
+
+
+def plan(run):
+    """param.plan of one run: a table of what it draws and trains with."""
+    model, base, roles = build(run)
+    std = param.own_stds(as_built(run, run["base_width"])) if run["init"] == "own" else None
+    return param.plan(model, base, run["param"], run["optimizer"], run["lr"], run["alpha"],
+                      run["weight_decay"], run["eps"], gain=gain_of(run), overrides=roles, std=std)
 
 
 def stack_of(runs, model, base, roles, device, dtype):
@@ -294,7 +433,7 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
     """
     start, (rank, ranks) = time.perf_counter(), team()
     runs, config, splits = prepare(runs, splits, device, data_dir, ranks)
-    model, base, roles = build(config)
+    model, base, roles = build(config, device)
     network, rule = network_of(config, model), rule_of(config)
     order_device = "cpu" if splits.y is None else splits.x.device       # text is read on the CPU
     order, row_of = data_order(runs, splits.samples, config, order_device)
@@ -332,7 +471,8 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
                 if checkpoint and done % every == 0 and not last and rank == 0:
                     save_checkpoint(checkpoint, {**replicas, "track": track, "tracked": tracked})
         finals = evaluate(network, replicas, splits, config) if len(replicas["alive"]) else {}
-    origin = {**provenance(device), "seconds": round((time.perf_counter() - start) / len(runs), 4)}
+    origin = {"network": description(config, model, base, roles), **provenance(device),
+              "seconds": round((time.perf_counter() - start) / len(runs), 4)}
     return finished_rows(runs, replicas, finals, chance_loss(config, splits), origin, ranks)
 
 
@@ -355,7 +495,7 @@ def prepare(runs, splits, device, data_dir, ranks):
         if name not in PER_REPLICA and any(run[name] != runs[0][name] for run in runs):
             raise InputError(f"runs of one stack must share {name}; only {', '.join(PER_REPLICA)} may differ")
     splits = data.load(runs[0], data_dir, device) if splits is None else splits
-    if runs[0]["model"] == "gpt":
+    if is_text(runs[0]):
         runs = [dict(run, vocab_size=splits.classes) for run in runs]
     config = dict(runs[0], weight_decay=max(run["weight_decay"] for run in runs))
     size = config["batch_size"]
@@ -388,6 +528,9 @@ def let_go(replicas, checked, last):
     if stays.all():
         return
     first = bad.int().argmax(0)
+    if checked == 0 and bad[0].any() and done:
+        raise InputError("the loss is not finite before the first update; mend the initial weights, or use "
+                         "another --readout-scale")
     for replica, offset in zip(alive[~stays].tolist(), first[~stays].tolist()):
         replicas["diverged_at"][replica] = checked + offset
     replicas["alive"] = alive[stays]
@@ -407,7 +550,7 @@ def evaluate(network, replicas, splits, config):
     """{replica: {val_loss, val_accuracy, logit_rms, val_ece}}; logit_rms is the RMS over classes, averaged
     over samples; val_ece, the expected calibration error, is null for text."""
     weights, alive = replicas["stack"]["weights"], replicas["alive"]
-    loss, text, sums, kept = loss_of(config), config["model"] == "gpt", 0, []
+    loss, text, sums, kept = loss_of(config), is_text(config), 0, []
     chunk = max(config["batch_size"] // config["accumulate"], 2048 // config["context"]) if text else 256
     for x, y in zip(splits.x_val.split(chunk), splits.y_val.split(chunk)):
         logits = network.forward(weights, x.expand(len(alive), *x.shape))           # (R, chunk, ..., C)
@@ -437,8 +580,8 @@ def finite(value):
 def finished_rows(runs, replicas, finals, chance, origin, ranks):
     """The rows of a stack that has ended; finals: {replica: validation}."""
     config, late = runs[0], slice(last_tenth(runs[0]["steps"]), None)
-    stacked_gpt = config["model"] == "gpt" and len(runs) > 1            # attention differs under vmap
-    origin = {**origin, "deterministic": origin["deterministic"] and ranks == 1 and not stacked_gpt}
+    stacked = len(runs) > 1 and better_alone(config)
+    origin = {**origin, "deterministic": origin["deterministic"] and ranks == 1 and not stacked}
     losses, hits = (replicas[key][late].T.tolist() for key in ("losses", "hits"))
     rows = []
     for r, run in enumerate(runs):
@@ -453,8 +596,8 @@ def finished_rows(runs, replicas, finals, chance, origin, ranks):
 def failed_row(run, reason, device):
     """The row of a run that could not be trained at all."""
     nothing = dict.fromkeys(("final_train_loss", "train_accuracy", *VALIDATION, "diverged_at"))
-    return {"id": run_id(run), **run, **nothing, "failed": reason, "chance_loss": None, **provenance(device),
-            "seconds": 0.0}
+    return {"id": run_id(run), **run, **nothing, "failed": reason, "chance_loss": None, "network": None,
+            **provenance(device), "seconds": 0.0}
 
 
 @functools.cache
@@ -490,13 +633,14 @@ def tracker(runs, model, roles, initial, splits, config, tracked, alignment=Fals
     names = [name for name, _ in model.named_parameters()]
     x, y = splits.x_val[:config["batch_size"]], splits.y_val[:config["batch_size"]]
     loss, module = loss_of(config), copy.deepcopy(model)            # takes each replica's weights in turn
+    first = {id(w): name for name, w in model.named_parameters()}           # of tied ones
+    weight_of = {name: first[id(w)] for name, w in model.named_parameters(remove_duplicate=False)}
 
     def mean_loss(logits, y):
         return loss(logits, y)[0].mean()
 
     def load(weights, r):
-        module.load_state_dict({name: w[r] for name, w in zip(names, weights)}, assign=True)
-        return module
+        return models.put(module, [w[r] for w in weights])
 
     initial, references, initial_logits = [w.clone() for w in initial], [], []
     with torch.no_grad():
@@ -520,8 +664,9 @@ def tracker(runs, model, roles, initial, splits, config, tracked, alignment=Fals
                 gradient = dict(zip(names, torch.autograd.grad(whole, list(module.parameters()))))
             for layer, name in enumerate(layers):
                 values = {k: v for part in per_module for k, v in part[name].items()}
-                values["gradient"] = gradient[f"{name}.weight"].norm().item()
-                role = roles[f"{name}.weight"]
+                weight = weight_of[f"{name}.weight"]
+                values["gradient"] = gradient[weight].norm().item()
+                role = roles[weight]
                 tracked.append({**key, "module": name, "layer": layer, "role": role, **finite(values)})
             logits = logits.detach()
             change = (logits - initial_logits[r]).square().mean(-1).sqrt().mean()
@@ -623,19 +768,21 @@ def add_flags(parser, several=(), without=(), defaults=()):
     for name, (default, kind, text) in SETTINGS.items():
         default = dict(defaults).get(name, default)
         flag = "--" + name.replace("_", "-")
-        others = {}
-        for (model, optimizer), values in DEFAULTS.items():
+        for where, values in (("text", ON_TEXT), ("text adam", ADAM_ON_TEXT), ("FILE.py", dict(init="own"))):
             if name in values:
-                alike = all(DEFAULTS[model, other].get(name) == values[name] for other in param.OPTIMIZERS)
-                others[model if alike else f"{model} {optimizer}"] = values[name]
-        others = "".join(f"; {where}: {value}" for where, value in others.items())
-        words = f"{text} (default {default}{others})".replace("%", "%%")
+                default = f"{default}; {where}: {values[name]}"
+        default = "none" if default == "" else default
+        words = f"{text} (default {default})".replace("%", "%%")
+        if name == "code":
+            continue
         if kind is FLAG:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=words)
         elif name not in without:
             words = f"{kind.words}; {words}" if kind.words.startswith("one of") else words
             group.add_argument(flag, type=kind.type, metavar={str: "NAME", int: "N", float: "X"}[kind.type],
-                               nargs="+" if name in several else None, help=words)
+                               nargs="+" if name in (*several, "roles") else None, help=words)
+    group.add_argument("--plan", action="store_true", help="print role, initial standard deviation and LR of "
+                       "every tensor, and stop; look at it before you train a network of yours")
     group = parser.add_argument_group("measurements and machine")
     add = group.add_argument
     add("--track", type=int, default=0, metavar="N", help="measure every module in the first 20 steps, then "
@@ -701,16 +848,27 @@ def parse():
     for name in ("track", "checkpoint"):
         if args[name] < 0 or (args[name] and not args["out"]):
             raise InputError(f"{name} is {args[name]}; it must be at least 0, and needs a folder: --out DIR")
-    run = {name: args.pop(name) for name in SETTINGS}
-    run = configure({name: value for name, value in run.items() if value is not None})
+    run = configure(settings_given(args))
+    build(run)          # says what does not fit before anything is loaded
     return run, argparse.Namespace(**args)
+
+
+def settings_given(args):
+    """{setting: value} of those that the command line names."""
+    given = {name: args[name] for name in SETTINGS if args.get(name) is not None}
+    if isinstance(given.get("roles"), list):
+        given["roles"] = " ".join(given["roles"])
+    return given
 
 
 def main():
     config, args = parse()
+    if args.plan:
+        print(plan(config))
+        return
     device, every, leader = choose_device(args.device), args.checkpoint, os.environ.get("RANK", "0") == "0"
     splits, tracked = data.load(config, args.data_dir, device), []
-    if config["model"] == "gpt":
+    if is_text(config):
         config["vocab_size"] = splits.classes
     names = (name.format(run_id(config)) for name in ("runs-{}.jsonl", "track-{}.jsonl", "checkpoint-{}.pt"))
     file, tracks, checkpoint = (args.out and args.out / name for name in names)

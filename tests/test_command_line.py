@@ -88,7 +88,7 @@ BAD_FLAGS = {"sweep.py": [
     ("--huber-delta -1", "huber_delta is -1.0"),
     ("--param muP", "one of sp, ntp, mup"),
     ("--optimizer lion", "one of sgd, adam"),
-    ("--model resnet", "one of mlp, gpt"),
+    ("--model resnet", "it must be mlp, gpt or FILE.py:FUNCTION"),
     ("--trainable nothing", "one of all, readout"),
     ("--activation gelu", "activation is 'gelu'"),
     ("--dtype float16", "one of float32"),

@@ -325,7 +325,7 @@ def test_chance_is_the_loss_of_the_best_constant_for_these_data_and_settings(f64
 @pytest.mark.parametrize("runs, words", [
     ([{"width": 8}, {"width": 16}], "runs of one stack must share width; only lr, seed, param, "),
     ([{"loss": "ce"}, {"loss": "mse"}], "must share loss"),
-    ([{"learning_rate": 0.1}], "unknown setting 'learning_rate'; choose from model, width"),
+    ([{"learning_rate": 0.1}], "unknown setting 'learning_rate'; choose from model, width, base_width"),
     ([{"width": 8.0}], "width is 8.0; it must be a whole number, at least 1"),
     ([{"bias": 1}], "bias is 1; it must be true or false"),
     ([{"steps": True}], "steps is True; it must be a whole number"),
