@@ -18,7 +18,8 @@ train it alone, to rounding.
 
 Replicas that diverged leave by `drop_`. A bias-free MLP has a backward pass written out (`mlp_network`),
 with plain SGD fused into its products: W <- W - lr δᵀh. Needs torch only and can be copied alone. Out of
-scope: dropout and BatchNorm, which need state.
+scope: dropout and BatchNorm, which need state; CUDA graphs (`advance` waits for no value, but one
+would need x, y, factor and step in tensors that stay).
 """
 import math
 from collections import namedtuple
@@ -37,10 +38,15 @@ def _error(outputs, targets):
     return outputs.scatter_add(-1, index, outputs.new_full((), -1.0).expand(index.shape))
 
 
-def ce(logits, targets):
-    """Cross-entropy (torch's cross_entropy)."""
-    log_p = logits.log_softmax(-1)
-    return -log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), _error(log_p.exp(), targets)
+def ce(logits, targets, smoothing=0.0):
+    """Cross-entropy (torch's cross_entropy, label_smoothing included)."""
+    log_p, index = logits.log_softmax(-1), targets.unsqueeze(-1)
+    loss, chi = -log_p.gather(-1, index).squeeze(-1), _error(log_p.exp(), targets)
+    if smoothing:
+        loss = (1 - smoothing) * loss - smoothing * log_p.mean(-1)
+        to_all = smoothing / logits.shape[-1]
+        chi = chi.scatter_add(-1, index, chi.new_full((), smoothing).expand(index.shape)) - to_all
+    return loss, chi
 
 
 def mse(logits, targets):
@@ -78,7 +84,8 @@ squared_hinge = partial(hinge, power=2)
 
 # ---- and the loss of the best constant logits, from the class frequencies p (C,) ----
 
-def _entropy(p):
+def _entropy(p, smoothing=0.0):
+    p = (1 - smoothing) * p + smoothing / len(p)
     return -torch.xlogy(p, p).sum().item()
 
 
@@ -117,7 +124,7 @@ def _hinge_constant(p):
 # function(logits, targets, **options); constant(p, **options); options: {keyword: its setting in a sweep}
 Loss = namedtuple("Loss", "function constant options", defaults=({},))
 LOSSES = {
-    "ce":            Loss(ce, _entropy),
+    "ce":            Loss(ce, _entropy, {"smoothing": "label_smoothing"}),
     "mse":           Loss(mse, _variance),
     "brier":         Loss(brier, _variance),
     "huber":         Loss(huber, partial(_smooth_constant, huber), {"delta": "huber_delta"}),
@@ -304,6 +311,7 @@ def advance(stack, x, y, network, rule, step=0, factor=1.0, parts=1, accuracy=Fa
         added, losses, logits = network.gradients(stack["weights"], x_part, y_part, out)
         grads = added if grads is None else [a.add_(b) for a, b in zip(grads, added)]
         seen.append(_means(losses, logits, y_part, accuracy))
+        del added, losses, logits           # before those of the next part are there
     means = seen[0] if parts == 1 else [torch.stack(values).mean(0) for values in zip(*seen)]
     if parts > 1:
         torch._foreach_div_(grads, parts)

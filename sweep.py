@@ -249,10 +249,15 @@ def replica_size(config):
     parameters = sum(p.numel() for p in model.parameters())
     rule = train.rule_of(config)
     fused = rule.plain and train.network_of(config, model).descend is not None
-    copies = (6 if rule.optimizer == "adam" else 1 if fused else 3) + (config["accumulate"] > 1)
-    activations = 3 * sum(sum(p.shape) for p in model.parameters())         # a sample's
-    floats = copies * parameters + samples_of(config) // config["accumulate"] * activations
-    return parameters, floats * (8 if config["dtype"] == "float64" else 4)
+    size = 8 if config["dtype"] == "float64" else 4
+    kept = sum(sum(p.shape) for p in model.parameters()) * (2 if config["dtype"] == "bfloat16" else size)
+    kept *= samples_of(config) // config["accumulate"]          # activations, about
+    if fused:
+        return parameters, kept + size * parameters
+    # weights, their state, gradients; then a part's pass and its gradients, or the optimizer's scratch space
+    more = kept + size * parameters * (config["accumulate"] > 1)
+    scratch = size * parameters * (2 if rule.optimizer == "adam" else 0)
+    return parameters, size * parameters * (2 + rule.moments) + max(more, scratch)
 
 
 def samples_of(config):
@@ -260,20 +265,21 @@ def samples_of(config):
     return config["batch_size"] * (config["context"] if train.is_text(config) else 1)
 
 
-def most_replicas(config, device):
-    """(largest stack, the number of replicas that it is a multiple of), from width, memory and device."""
-    parameters, memory = replica_size(config)
-    if torch.device(device).type == "cuda":         # half of the free memory
-        return max(1, min(256, torch.cuda.mem_get_info(device)[0] // 2 // memory)), 1
+def most_replicas(config, device, memory=None):
+    """(largest stack, the number of replicas that it is a multiple of), from width and device; memory: bytes
+    free on a CUDA device, asked for if absent."""
+    parameters, size = replica_size(config)
+    if memory or torch.device(device).type == "cuda":               # half of the free memory
+        return max(1, min(256, (memory or torch.cuda.mem_get_info(device)[0]) // 2 // size)), 1
     if train.better_alone(config):                  # stacked attention loses on the CPU
         return 1, 1
     threads = torch.get_num_threads()               # they share a stack's products out by replicas
     in_cache = threads * max(1, 2 ** 19 // parameters)          # 2 MB of weights a thread, or one replica
-    most = max(1, min(64, in_cache, CPU_MEMORY // memory - 1))
+    most = max(1, min(64, in_cache, CPU_MEMORY // size - 1))
     return most, threads if most >= threads else 1
 
 
-def stacks(runs, device="cpu", size="auto", shares=1):
+def stacks(runs, device="cpu", size="auto", shares=1, memory=None):
     """Groups configurations into lists that `train` can take, each of at most `size` runs (auto:
     most_replicas), and enough of them for `shares` ranks."""
     groups = {}
@@ -281,7 +287,7 @@ def stacks(runs, device="cpu", size="auto", shares=1):
         shared = tuple(run[name] for name in train.SETTINGS if name not in train.PER_REPLICA)
         groups.setdefault((*shared, run["weight_decay"] > 0), []).append(run)       # decay rounds otherwise
     for group in groups.values():
-        most, unit = most_replicas(group[0], device) if size == "auto" else (size, 1)
+        most, unit = most_replicas(group[0], device, memory) if size == "auto" else (size, 1)
         if most > 1 and not train.stackable(group[0]):
             most, unit = 1, 1
         units = math.ceil(len(group) / unit)
@@ -485,18 +491,33 @@ def dry_run(args, given, curves, device):
         products += 1
         (a @ a).sum().item()
     rate, total = products * 2 * n ** 3 / (time.perf_counter() - start), 0
-    print(f"{'width':>6} {'runs':>6} {'parameters':>13} {'stack':>6} {'stack memory':>13} {'operations':>11}")
+    memory, too_wide = int(args["memory"] * 2 ** 30), []
+    there = memory or memory_of(device)
+    print(f"{'width':>6} {'runs':>6} {'parameters':>13} {'stack':>6} {'stack memory':>13} {'one run':>13} "
+          f"{'operations':>11}")
     for i, width in enumerate(args["widths"]):
         runs = [run for curve in curves
                 for run in runs_of(given, curve, width, 1.0, args["seeds"]) * planned_lrs(args, curve, i)]
-        parameters, memory = replica_size(runs[0])
-        stack = max(len(part) for part in stacks(runs, device, args["stack"]))
+        parameters, one = map(max, zip(*(replica_size(runs_of(given, curve, width, 1.0, 1)[0])
+                                         for curve in curves)))
+        stack = max(len(part) for part in stacks(runs, device, args["stack"], memory=memory))
+        too_wide += [width] if one > there else []
         operations = 6.0 * parameters * len(runs) * runs[0]["steps"] * samples_of(runs[0])
         total += operations
-        print(f"{width:6} {len(runs):6} {parameters:13,} {stack:6} {stack * memory / 2 ** 20:9,.0f} MiB "
-              f"{operations:11.2e}")
+        print(f"{width:6} {len(runs):6} {parameters:13,} {stack:6} {stack * one / 2 ** 20:9,.0f} MiB "
+              f"{one / 2 ** 20:9,.0f} MiB {operations:11.2e}")
+    for width in too_wide:
+        print(f"! width {width}: a single run does not fit into {there / 2 ** 30:.3g} GiB; use a larger "
+              "--accumulate")
     print(f"{total:.2e} operations, {duration(total / rate)} at this machine's {rate / 1e9:.0f} GFLOP/s "
           "(diverging runs stop early, small matrices are slower, and a search may need more or fewer runs)")
+
+
+def memory_of(device):
+    """Bytes that the device has."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def duration(seconds):
@@ -529,6 +550,8 @@ def sweep_flags(parser):
     add("--out", metavar="DIR", help="result folder (default out/PRESET and the settings given)")
     add("--no-plots", action="store_true", help="no figures")
     add("--dry-run", action="store_true", help="say what would be run, and run nothing")
+    add("--memory", type=float, default=0.0, metavar="GiB",
+        help="with --dry-run: memory of a CUDA device that is not here (default: that of --device)")
     add("--stack", default="auto", metavar="N", help="most replicas trained at once (default auto)")
 
 
@@ -583,6 +606,7 @@ def check_args(args, chosen):
     for wrong, words in (
             (args["seeds"] < 1, f"seeds is {args['seeds']}; it must be at least 1"),
             (args["track"] < 0, f"track is {args['track']}; it must be at least 0"),
+            (not 0 <= args["memory"] < math.inf, f"memory is {args['memory']}; it must be a number of GiB"),
             (not 1.01 <= args["lr_step"] <= 1000,
              f"lr-step is {args['lr_step']}; it must be a number from 1.01 to 1000"),
             (chosen.lrs and chosen.lr_range,

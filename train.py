@@ -93,6 +93,7 @@ SETTINGS = {    # name: (default, kind, help)
     "data_seed":     (0, WHOLE, "multi_index: seed of the samples"),
     "loss":          ("ce", one_of(stack.LOSSES), "loss"),
     "huber_delta":   (1.0, POSITIVE, "huber: error at which its derivative stops growing"),
+    "label_smoothing": (0.0, FRACTION, "ce: share of the target that all classes have alike"),
     "param":         ("sp", one_of(param.PARAMETERIZATIONS), "parameterization"),
     "alpha":         (0.0, EXPONENT, "every LR times (width / base width)^-alpha"),
     "readout_scale": (1.0, NONNEGATIVE, "factor on the readout's initial standard deviation, at every width"),
@@ -110,7 +111,8 @@ SETTINGS = {    # name: (default, kind, help)
     "warmup":        (0, WHOLE, "steps of linear warmup"),
     "decay":         ("none", one_of(("none", "cosine")), "cosine: to a tenth of the LR at the last step"),
     "seed":          (0, WHOLE, "seed of initialization and data order"),
-    "dtype":         ("float32", one_of(("float32", "float64", "bfloat16")), "bfloat16: by autocast"),
+    "dtype":         ("float32", one_of(("float32", "tf32", "float64", "bfloat16")), "tf32: float32 with "
+                      "matrix products in TF32 on CUDA; bfloat16: by autocast"),
 }
 # The defaults that differ on text, the paper's.
 ON_TEXT = dict(data="stdlib", base_width=64, batch_size=8, val_size=128, decay="cosine", warmup=10)
@@ -449,7 +451,7 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
     check_every = 5 if torch.device(device).type == "cpu" else 25       # a check waits for the device
     steps, checked = config["steps"], replicas["done"]
 
-    with torch.no_grad(), autocast(config, device):
+    with torch.no_grad(), precision(config, device):
         for step in range(checked, steps):
             x, y = splits.batch(order[alive, step])
             means = stack.advance(replicas["stack"], x, y, network, rule, step, schedule(step, config),
@@ -483,9 +485,17 @@ def team():
     return 0, 1
 
 
-def autocast(config, device):
-    kind, enabled = torch.device(device).type, config["dtype"] == "bfloat16"
-    return torch.autocast(kind, torch.bfloat16, enabled, cache_enabled=False)
+@contextlib.contextmanager
+def precision(config, device):
+    """How matrix products are rounded; torch's own setting comes back at the end."""
+    kind, before = torch.device(device).type, torch.get_float32_matmul_precision()
+    try:
+        if config["dtype"] == "tf32":
+            torch.set_float32_matmul_precision("high")
+        with torch.autocast(kind, torch.bfloat16, config["dtype"] == "bfloat16", cache_enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def prepare(runs, splits, device, data_dir, ranks):

@@ -61,7 +61,7 @@ def bench(config, size, device, data_dir):
             torch.cuda.synchronize(device)
         return (time.perf_counter() - start) / repeats
 
-    with torch.no_grad(), train.autocast(config, device):
+    with torch.no_grad(), train.precision(config, device):
         with Products() as products:
             step()
         repeats = math.ceil(0.1 / min(seconds(step) for _ in range(3)))
@@ -83,7 +83,7 @@ def main():
     if args["track"]:
         raise train.InputError("--track measures a run; use train.py or sweep.py")
     size = size if size == "auto" else int(size)
-    given = {name: args[name] for name in train.SETTINGS if args.get(name) is not None}
+    given = train.settings_given(args)
     widths = args["widths"] or [train.configure(given)["width"]]
     configs = [train.configure({**given, "width": width}) for width in widths]
     for i, config in enumerate(configs):

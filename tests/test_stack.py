@@ -53,9 +53,13 @@ def margin(z, y, reduction="mean", p=1, margin=1.0):
     return F.multi_margin_loss(z, y, p=p, margin=margin, reduction=reduction)
 
 
+def ce(z, y, reduction="mean", smoothing=0.0):
+    return F.cross_entropy(z, y, reduction=reduction, label_smoothing=smoothing)
+
+
 # name: (torch's, its likeliest confusions)
 TORCH = {
-    "ce":            (F.cross_entropy, [{"reduction": "sum"}]),
+    "ce":            (ce, [{"reduction": "sum"}, {"smoothing": 0.3}]),
     "mse":           (squared, [{"reduction": "sum"}]),
     "brier":         (squared_of_softmax, [{"reduction": "sum"}]),
     "huber":         (huber, [{"reduction": "sum"}, {"delta": 2.0}]),
@@ -63,7 +67,7 @@ TORCH = {
     "squared_hinge": (partial(margin, p=2), [{"reduction": "sum"}, {"margin": 2.0}, {"p": 1}]),
 }
 OPTIONS = [(name, {}) for name in TORCH]
-OPTIONS += [("huber", {"delta": 0.3}), ("huber", {"delta": 10.0})]
+OPTIONS += [("ce", {"smoothing": 0.1}), ("huber", {"delta": 0.3}), ("huber", {"delta": 10.0})]
 
 
 def is_derivative(chi, loss, z, y):
