@@ -212,8 +212,21 @@ def test_a_row_does_not_depend_on_its_stack_to_the_last_bit(variant, f32):
         together = train.train(runs, f32)
         by_one = [train.train([run], f32)[0] for run in runs]
     finally:
-            assert all(row["diverged_at"] is None for row in together)
+        torch.set_num_threads(1)
+    assert all(row["diverged_at"] is None and row["deterministic"] for row in together)
     assert [results(row) for row in together] == [results(row) for row in by_one]
+
+
+@pytest.mark.parametrize("threads, size, deterministic", [
+    (1, dict(width=16), True), (2, dict(width=16), False), (2, dict(width=64), True),
+    (2, dict(width=64, batch_size=8), False), (2, dict(width=64, batch_size=32, accumulate=4), False)])
+def test_products_too_small_for_two_threads_are_not_called_deterministic(threads, size, deterministic, f32):
+    torch.set_num_threads(threads)
+    try:
+        row, = train.train([{**SMALL, "batch_size": 16, "steps": 2, **size}], f32)
+    finally:
+        torch.set_num_threads(1)
+    assert row["deterministic"] is (deterministic and train.SAME_BITS and torch.backends.mkl.is_available())
 
 
 # LRs of SGD for a GPT, whose losses but cross-entropy are means over 256 tokens
