@@ -281,12 +281,6 @@ def layer_statistics(model, reference, x, layers=None):
     return rows
 
 
-def gradient_norms(model, loss_fn, x, y):
-    """{trainable parameter's name: |dloss/dW|_F} of the scalar loss_fn(model(x), y)."""
-    parameters, gradients = _gradients(model, loss_fn, x, y)
-    return {name: gradient.norm().item() for name, gradient in zip(parameters, gradients)}
-
-
 def logit_statistics(logits, targets, loss_fn):
     """{"rms", "margin", "chi"} of logits (..., K) at class indices (...), sample means.
 
@@ -361,7 +355,7 @@ def sharpness(model, loss_fn, x, y, preconditioner=None, tolerance=1e-4, max_ste
     product and keeps one vector. ValueError for a loss that is not a scalar, or a
     preconditioner that does not fit or is not positive.
     """
-    parameters, gradients = _gradients(model, loss_fn, x, y, create_graph=True)
+    parameters, gradients = _gradients(model, loss_fn, x, y)
     flat = _flatten(gradients)
     scale = 1.0 if preconditioner is None else _inverse_root(preconditioner, parameters)
     if not flat.requires_grad:  # the loss is linear in the parameters
@@ -375,8 +369,8 @@ def sharpness(model, loss_fn, x, y, preconditioner=None, tolerance=1e-4, max_ste
     return _top_eigenvalue(hessian, len(flat), flat.detach(), tolerance, max_steps, block=1)
 
 
-def _gradients(model, loss_fn, x, y, create_graph=False):
-    """({name: trainable parameter}, their gradients); .grad is not touched."""
+def _gradients(model, loss_fn, x, y):
+    """({name: trainable parameter}, their gradients, to derive once more); .grad is not touched."""
     model = _eager(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # Fused attention kernels have no second derivative.
@@ -387,7 +381,7 @@ def _gradients(model, loss_fn, x, y, create_graph=False):
                 f"loss_fn must return a scalar, not shape {tuple(loss.shape)}: "
                 "reduce it, by its mean say")
         gradients = torch.autograd.grad(
-            loss, list(parameters.values()), create_graph=create_graph, materialize_grads=True)
+            loss, list(parameters.values()), create_graph=True, materialize_grads=True)
     return parameters, gradients
 
 

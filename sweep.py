@@ -50,17 +50,17 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
         dict(widths=PAPER_WIDTHS, seeds=4, hidden_layers=7, steps=937)),
     "course": (
         "logits, hidden updates and loss over the first steps: the mechanism",
-        dict(loss=["ce", "mse", "huber"], alpha=[0.5], widths=[*WIDTHS[1:], 2048], lrs=[0.1], steps=100,
-             seeds=5, track=5),
+        dict(loss=["ce", "mse", "huber"], alpha=[0.5], widths=[*WIDTHS[1:], 2048], hidden_layers=4, lrs=[0.1],
+             steps=100, seeds=5, track=5),
         dict(widths=PAPER_WIDTHS, hidden_layers=7)),
     "phase": (
         "loss over LR and width as a map, full grid",
-        dict(loss=["ce", "mse", "huber"], widths=[*WIDTHS, 2048], seeds=1, search="grid",
+        dict(loss=["ce", "mse", "huber"], widths=[*WIDTHS, 2048], hidden_layers=4, seeds=1, search="grid",
              lr_range=[2 ** -7, 4.0]),
         dict(widths=[*PAPER_WIDTHS, 8192], hidden_layers=7, steps=937)),
     "bounded": (
         "six losses: does a bounded derivative decide?",
-        dict(loss=SIX),
+        dict(loss=SIX, hidden_layers=4),
         dict(widths=PAPER_WIDTHS, seeds=4, hidden_layers=7, steps=937)),
     "optimal_lr": (
         "CE against MSE on Fashion-MNIST (paper: MNIST), 8-layer MLP (Fig. 1)",
@@ -70,32 +70,32 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
              lr_range=[2 ** -12, 4.0])),
     "lr_transfer": (
         "loss against LR in four parameterizations, full grid (Fig. 5)",
-        dict(param=["sp", "ntp", "mup", "sp_full_align"], loss=["ce"], widths=WIDTHS[:4], search="grid",
-             lr_range=[2 ** -5, 4.0]),
+        dict(param=["sp", "ntp", "mup", "sp_full_align"], loss=["ce"], widths=WIDTHS[:4], hidden_layers=4,
+             search="grid", lr_range=[2 ** -5, 4.0]),
         dict(data="mnist", hidden_layers=7, steps=937, seeds=4, widths=PAPER_WIDTHS, lr_range=None,
              stable_if="accuracy")),
     "losses": (
         "best accuracy of CE, MSE and Brier in three parameterizations (Fig. 7)",
         dict(data="fashion_mnist", loss=["ce", "mse", "brier"], param=["sp", "mup", "sp_full_align"],
-             widths=[64, 256, 1024], base_width=64, hidden_layers=3, steps=600, seeds=2,
+             widths=[64, 256, 1024], base_width=64, steps=600, seeds=2,
              stable_if="accuracy"),
         dict(hidden_layers=7, widths=[*PAPER_WIDTHS, 8192], base_width=256, steps=937, seeds=4)),
     "regimes": (
         "exponents of updates against α (Propositions 1 and 2)",
-        dict(alpha=[-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25], widths=WIDE, hidden_layers=3, lrs=[0.005],
+        dict(alpha=[-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25], widths=WIDE, lrs=[0.005],
              readout_scale=0.05, steps=4, track=1),
         dict(hidden_layers=7, steps=10, seeds=4)),
     "updates": (
         "update norms of every layer against width (Fig. 4)",
-        dict(curves=THREE, loss=["ce"], widths=WIDE, hidden_layers=3, lrs=[0.1], steps=10, track=1),
+        dict(curves=THREE, loss=["ce"], widths=WIDE, lrs=[0.1], steps=10, track=1),
         dict(hidden_layers=7, steps=100, seeds=4, track=10)),
     "alignment": (
         "alignment over training (Fig. 2)",
-        dict(alpha=[0.5], loss=["ce"], lrs=[0.1], steps=200, track=20, alignment=True),
+        dict(alpha=[0.5], loss=["ce"], hidden_layers=4, lrs=[0.1], steps=200, track=20, alignment=True),
         dict(data="mnist", widths=PAPER_WIDTHS, hidden_layers=7, steps=937, seeds=4, track=50)),
     "limit": (
         "distance to the widest network, and the features' change (Proposition 2)",
-        dict(alpha=[0.5, 1.0], loss=["ce"], widths=WIDTHS[1:], hidden_layers=3, lrs=[0.1], steps=100,
+        dict(alpha=[0.5, 1.0], loss=["ce"], widths=WIDTHS[1:], lrs=[0.1], steps=100,
              track=10),
         dict(widths=[*PAPER_WIDTHS, 8192], hidden_layers=7, steps=937, seeds=4, track=50)),
     "gpt": (

@@ -71,7 +71,7 @@ SETTINGS = {    # name: (default, kind, help)
                       "build(width, shape), in a file of yours that returns a torch module"),
     "width":         (256, COUNT, "hidden units"),
     "base_width":    (256, COUNT, "width at which all parameterizations coincide"),
-    "hidden_layers": (4, COUNT, "hidden activations; 7 is the paper's 8-layer MLP"),
+    "hidden_layers": (3, COUNT, "hidden activations; 7 is the paper's 8-layer MLP"),
     "activation":    ("relu", one_of(models.ACTIVATIONS), "nonlinearity"),
     "bias":          (False, FLAG, "biases, initially zero"),
     "layers":        (2, COUNT, "gpt: decoder layers"),

@@ -60,7 +60,7 @@ def sorted_rows(out):
     dict(lr=0.5), dict(lr=0.02, optimizer="adam", param="mup"), dict(lr=0.1, loss="mse", dtype="float64"),
     dict(lr=0.1, clip=0.5, momentum=0.9, weight_decay=0.01, readout_scale=0.1)])
 def test_our_mlp_given_as_a_file_has_the_rows_of_our_mlp(write, settings):
-    spec = write("def build(width):\n    from models import MLP\n    return MLP(100, width, 4, 2)")
+    spec = write("def build(width):\n    from models import MLP\n    return MLP(100, width, 3, 2)")
     runs = [{**TINY, **settings, "width": 24, "seed": seed} for seed in range(2)]
     ours, theirs, wrong = (train.train([{**run, **other} for run in runs]) for other in (
         {}, {"model": spec, "init": "he"}, {"model": spec}))

@@ -328,7 +328,7 @@ def test_the_progress_line_tells_the_time_left_from_what_runs_took(monkeypatch):
         rows[i] = {"width": 8 if i < 46 else 16, "seconds": 1.0 if i < 46 else 3.0}
     clock[0] = 2.0 * (46 + 3 * 23)                          # two seconds pass for each of theirs
     report(16)
-    size = {width: 100 * width + 3 * width ** 2 + 2 * width for width in (16, 32)}
+    size = {width: 100 * width + 2 * width ** 2 + 2 * width for width in (16, 32)}
     left = 2 * 3.0 * (23 + 46 * size[32] / size[16])
     line = f"69/138 runs, width 16, 0.3 runs/s, {left // 60:.0f}:{left % 60:02.0f} left"
     assert sys.stderr.getvalue().strip() == line
@@ -444,7 +444,7 @@ def test_without_flags_it_is_the_headline():
     assert args["widths"] == [64, 128, 256, 512, 1024]
     run, *_ = sweep.runs_of(given, curves[0], 64, 0.1, args["seeds"])
     assert run == train.configure(dict(width=64))
-    assert run["hidden_layers"] == 4 and run["data"] == "multi_index"
+    assert run["hidden_layers"] == 3 and run["data"] == "multi_index"
     assert [curve[:3] for curve in curves] == [("ce", "sp", "sgd"), ("mse", "sp", "sgd")]
 
 
