@@ -324,9 +324,13 @@ def summarize(rows, criterion="chance", curves=None, widths=None, seeds=None):
 
 
 def local_slopes(widths, points):
-    """Slopes (W - 1,) of the edge's log LR, the seed mean of the brackets' middles, from width to width."""
-    edge = [float((point["stable"] + point["unstable"]).mean()) / 2 for point in points]
-    return (np.diff(edge) / np.diff(np.log(widths))).tolist()
+    """Of the edge's log LR between widths: slopes (W - 1,) of the seed means of the brackets' middles, and
+    their standard deviations if each middle may lie anywhere in its bracket."""
+    edge, gap = np.array([((point["stable"] + point["unstable"]).mean() / 2,
+                           (point["unstable"] - point["stable"]).mean()) for point in points]).T
+    ratio = np.diff(np.log(widths))
+    return {"local_max_stable": (np.diff(edge) / ratio).tolist(),
+            "local_resolution": (np.hypot(gap[1:], gap[:-1]) / math.sqrt(12) / ratio).tolist()}
 
 
 def summarize_curve(curve, cells, widths, failed, criterion, shared):
@@ -347,7 +351,7 @@ def summarize_curve(curve, cells, widths, failed, criterion, shared):
         "optimal_exponent": fits["optimal"][0], "optimal_interval": fits["optimal"][1],
         "max_stable_exponent": fits["max_stable"][0], "max_stable_interval": fits["max_stable"][1],
         "predicted_max_stable_exponent": told["alpha"] - bound,
-        "local_max_stable": local_slopes(widths, points),
+        **local_slopes(widths, points),
         "optimum_at_edge": [bool(point["at_edge"]) for point in points],
         "best_train_accuracy": [float(cell["accuracies"].mean(0).max()) for cell in cells],
         "best_train_loss": [float(mean[k]) if (cell["losses"][:, k] < DIVERGED).all() else math.nan
@@ -579,10 +583,10 @@ def table(summary):
     for row in summary:
         for i, width in enumerate(row["widths"]):
             slope = row["local_max_stable"][i - 1] if i else None
+            slope = "" if slope is None else f"{slope:+.2f} ± {row['local_resolution'][i - 1]:.2f}"
             lines.append(f"{name_of(row)}{width:6}  {lr(row['optimal_lr'][i]):>10}  "
                          f"{lr(row['best_train_loss'][i]):>10}  {lr(row['max_stable_lr'][i]):>12}  "
-                         f"{lr(row['min_unstable_lr'][i]):>13}  {'' if slope is None else f'{slope:+.2f}':>5}"
-                         .rstrip())
+                         f"{lr(row['min_unstable_lr'][i]):>13}  {slope}".rstrip())
     chances = {row["loss"]: row["chance_loss"] for row in summary}
     unigram = " (the tokens' unigram entropy)" if "ce" in chances and train.is_text(summary[0]) else ""
     chances = ", ".join(f"{loss} {value:.3g}" for loss, value in chances.items())

@@ -342,9 +342,13 @@ def exponents(summary):
         label = f"optimal LR {fitted(row, 'optimal_')}"
         trend(ax, widths, floats(row["optimal_lr"]), row["optimal_exponent"], label, color, ":")
         width_axis(ax, widths, BELOW, title=name_of(row, rows))
-        ax.margins(x=0.08)
+        ax.margins(x=0.08, y=0.12)
+        between = np.sqrt(floats(widths[1:]) * floats(widths[:-1]))
+        for middle, local in zip(between, row.get("local_max_stable", ())):
+            ax.text(middle, 0.02, "" if local is None else signed(local), ha="center", fontsize=8,
+                    color="0.35", transform=ax.get_xaxis_transform())
     return finish(fig, f"{setting(summary)}. Bars: from the largest stable to the smallest unstable LR. "
-                          "Legend: exponent [95 % interval]")
+                       "Legend: exponent [95 % interval]. At the bottom: the edge's slopes between widths")
 
 
 def optimal_lr(summary):

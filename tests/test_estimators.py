@@ -416,3 +416,13 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+def test_slopes_between_widths_and_what_the_grid_lets_them_be_known_to():
+    step, widths = math.log(2) / 2, [64, 128, 512]
+    points = [{"stable": np.full(3, edge - step / 2), "unstable": np.full(3, edge + step / 2)}
+              for edge in (0.0, -0.5 * math.log(2), -2.5 * math.log(2))]
+    local = analyze.local_slopes(widths, points)
+    assert local["local_max_stable"] == pytest.approx([-0.5, -1.0])
+    one = math.sqrt(2 / 12) * step / math.log(2)        # the difference of two uniform ones, over an octave
+    assert local["local_resolution"] == pytest.approx([one, one / 2])
