@@ -200,7 +200,7 @@ def finish(fig, title, legend=None):
     lines = [len(ax.get_legend().texts) for ax in fig.axes if ax.get_legend()]
     height = 0.2 * max(lines, default=0) + 2.4          # inches
     fig.set_figheight(max(fig.get_figheight(), height * fig.axes[0].get_gridspec().nrows))
-    fig.suptitle(textwrap.fill(title, int(13 * fig.get_figwidth()), break_on_hyphens=False))
+    fig.suptitle(textwrap.fill(title, int(12.5 * fig.get_figwidth()), break_on_hyphens=False))
     handles = {}
     for ax in fig.axes[::-1]:
         handles.update(zip(*ax.get_legend_handles_labels()[::-1]))

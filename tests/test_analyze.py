@@ -158,7 +158,7 @@ def test_flags_say_why_a_number_is_missing_or_not_to_be_trusted(losses, flag, un
     lines = analyze.table(summary).splitlines()
     cells = [line.split()[3:] for line in lines if line.split()[3:4] in (["8"], ["16"])]
     sloped = "min_unstable_lr" not in unknown               # the edge's slope from the width before
-    assert [len(cell) for cell in cells] == [5, 5 + 3 * sloped]     # width, optimum, loss, bracket, slope ± its
+    assert [len(cell) for cell in cells] == [5, 5 + 3 * sloped]  # width, optimum, loss, bracket, slope ± x
     assert all(cell[:5].count("-") == len(unknown) for cell in cells)
     assert sum(line.startswith("! ") for line in lines) == len(row["flags"])
 
