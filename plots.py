@@ -697,6 +697,7 @@ def draw(out, only=None):
                 folder.mkdir(exist_ok=True)
                 for file in (folder / f"{name}.png", folder / f"{name}.pdf"):
                     fig.savefig(file)
+                    fig.set_layout_engine("none")       # one layout serves both
                     written.append(file)
         except Absent as error:
             failed += [f"{name!r} cannot be drawn: {error}"] if only else []
