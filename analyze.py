@@ -293,6 +293,10 @@ def depth(shared):
 def shared_settings(rows):
     """The settings on which all rows agree, but for those that a sweep varies."""
     first, *others = rows
+    lacking = [name for name in train.SETTINGS if any(name not in row for row in rows)]
+    if lacking:
+        raise InputError(f"the rows lack {lacking[0]}: another version wrote them; analyze them with that "
+                         "one, or use another --out")
     shared = {name: first[name] for name in train.SETTINGS
               if name not in GRID and all(other[name] == first[name] for other in others)}
     for name in (*SHOWN, "trainable"):

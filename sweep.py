@@ -100,8 +100,9 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
         dict(widths=[*PAPER_WIDTHS, 8192], hidden_layers=7, steps=937, seeds=4, track=50)),
     "gpt": (
         "a GPT under SGD and Adam, with and without norm gains (Fig. 6)",
-        dict(model="gpt", loss=["ce"], widths=[32, 64, 128, 256], steps=150, stable_if="best+1", curves=FIVE),
-        dict(PAPER_GPT, widths=[256, 1024, 4096])),
+        dict(model="gpt", loss=["ce"], widths=[32, 64, 128, 256], seeds=2, steps=450, stable_if="best+1",
+             curves=FIVE),
+        dict(PAPER_GPT, widths=[256, 1024, 4096], seeds=3)),
     "gpt_small": (
         "a small grid of it; the default of --model gpt",
         dict(model="gpt", loss=["ce"], widths=[32, 64, 128], seeds=2, steps=100, optimizer=["adam"],

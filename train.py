@@ -827,6 +827,9 @@ def command_line(main):
     script = Path(sys.argv[0]).name
     try:
         main()
+    except BrokenPipeError:             # whoever read the output, head say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (InputError, OSError) as error:
         print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -384,3 +384,12 @@ def test_rows_of_different_settings_are_refused_with_the_setting(copied):
     assert done.returncode == 2 and not done.stdout
     assert len(done.stderr.splitlines()) == 1 and "hidden_layers" in done.stderr
     assert contents(copied) == before
+
+
+def test_rows_of_another_version_are_refused_by_name(swept, tmp_path):
+    rows = [{key: value for key, value in row.items() if key != "init"}
+            for row in analyze.read_rows(swept[0]).values()]
+    (tmp_path / "runs.jsonl").write_text(train.lines_of(rows))
+    ran = call(lambda: train.command_line(analyze.main), "analyze.py", tmp_path)
+    assert ran.returncode == 2 and ran.stderr.startswith(
+        "analyze.py: the rows lack init: another version wrote them")
