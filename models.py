@@ -215,8 +215,12 @@ def load(spec):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise ValueError(f"model is {spec!r}, and {file} has no function {name!r}; "
                          f"it has {', '.join(known) or 'none'}")
+    roles = getattr(module, "roles", {})
+    if not (isinstance(roles, dict) or callable(roles)):
+        raise ValueError(f"roles in {file} is a {type(roles).__name__}; it must be a dict, or a function of "
+                         "a parameter's name")
     digest = hashlib.sha256(b"".join(files[part].read_bytes() for part in sorted(files))).hexdigest()
-    return Source(path, getattr(module, name), getattr(module, "roles", {}), digest[:16])
+    return Source(path, getattr(module, name), roles, digest[:16])
 
 
 @contextlib.contextmanager

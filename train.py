@@ -137,11 +137,10 @@ def configure(run):
     if unknown:
         raise InputError(f"unknown setting {unknown[0]!r}; choose from {', '.join(SETTINGS)}")
     config = {name: default for name, (default, _, _) in SETTINGS.items()}
+    asked = {**config, **run}
+    if asked["model"] == "gpt" and "data" not in run or is_text(asked):
+        config.update(ON_TEXT, **(ADAM_ON_TEXT if asked["optimizer"] == "adam" else {}))
     config.update(run)
-    if config["model"] == "gpt" and "data" not in run or is_text(config):
-        config.update(ON_TEXT)
-        config.update(ADAM_ON_TEXT if config["optimizer"] == "adam" else {})
-        config.update(run)
     if isinstance(config["model"], str) and is_own(config):
         with refusing():
             config["code"] = models.load(config["model"]).digest
@@ -220,8 +219,9 @@ def build(config, device="cpu"):
                               for width in (config["width"], config["base_width"], wider))
         for module in model.modules():
             for name, buffer in module._buffers.items():
-                dtype = weight_dtype(config) if torch.is_floating_point(buffer) else buffer.dtype
-                module._buffers[name] = buffer.to(device, dtype)
+                if buffer is not None:
+                    dtype = weight_dtype(config) if torch.is_floating_point(buffer) else buffer.dtype
+                    module._buffers[name] = buffer.to(device, dtype)
         return model, base, roles_of(config, wider, base)
 
 

@@ -96,6 +96,7 @@ def test_outputs_with_logits_are_unwrapped_and_buffers_stay_the_networks_own(wri
                 self.a, self.b = nn.Linear(100, width, bias=False), nn.Linear(width, 2, bias=False)
                 self.register_buffer("scale", torch.tensor(scale))
                 self.register_buffer("count", torch.tensor(3), persistent=False)
+                self.register_buffer("absent", None)
 
             def forward(self, x):
                 return SimpleNamespace(logits=self.b(self.a(x).relu()) * self.scale * (self.count - 2))
@@ -440,6 +441,11 @@ def test_files_and_roles_that_do_not_fit_end_with_one_line(write, flags, words):
     spec = write(TOKEN)
     ran = call(lambda: train.command_line(sweep.main), "sweep.py", "--model", spec, *flags)
     assert ran.returncode == 2 and words in ran.stderr and ran.stderr.count("\n") == 1, ran.stderr
+
+
+def test_roles_of_another_kind_are_refused(write):
+    with pytest.raises(ValueError, match="roles in .*net.py is a list; it must be a dict, or a function"):
+        models.load(write(textwrap.dedent(TOKEN) + 'roles = ["input"]'))
 
 
 def test_a_file_that_does_not_parse_is_named_with_the_line(write):
