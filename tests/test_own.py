@@ -167,6 +167,9 @@ def test_rescale_keeps_constants_and_twice_is_as_once():
     assert all(torch.allclose(w, once[name], rtol=1e-6) for name, w in model.named_parameters())
     with pytest.raises(ValueError, match="unknown parameterization"):
         param.rescale_(model, base, "muP")
+    base[0].weight.data.fill_(3.0)              # constant in one of the two: nothing to go by
+    param.rescale_(model, base, "mup")
+    assert torch.allclose(model[0].weight, once["0.weight"])
 
 
 def test_a_tied_tensor_stays_one_in_every_place(write):
@@ -219,7 +222,7 @@ def test_roles_on_the_command_line_come_before_those_in_the_file(write, tmp_path
     spec = write(textwrap.dedent(TOKEN) + 'roles = {"cls": "input"}')
     _, roles = replica(spec, 16, roles="c?s=vector a.bias=vector")
     assert roles["cls"] == "vector"
-    ran = run_sweep("--model", spec, "--roles", "cls=vector", "a.bias=vector", "--widths", 8, 16,
+    ran = run_sweep("--model", write(TOKEN), "--roles", "cls=vector", "a.bias=vector", "--widths", 8, 16,
                     "--lrs", 0.1, 0.2, "--seeds", 1, "--out", tmp_path / "out")
     assert ran.returncode == 0 and "takes the roles given for right" in ran.stdout
     assert {row["roles"] for row in analyze.read_rows(tmp_path / "out").values()} == {

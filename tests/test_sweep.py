@@ -550,6 +550,26 @@ def test_a_dry_run_tells_the_cost_of_what_would_be_run_and_runs_nothing(tmp_path
     assert last.startswith(f"{total:.2e} operations, {minutes:.3g} minutes at this machine's 1 GFLOP/s")
 
 
+def test_a_dry_run_says_what_fits_into_the_memory_of_a_device_that_is_not_here(tmp_path):
+    flags = "--model gpt --optimizer adam --widths 64 1024 --seeds 200 --lrs 0.001 --steps 10 --dry-run"
+    sizes = {width: sweep.replica_size(train.configure(dict(model="gpt", optimizer="adam", width=width)))[1]
+             for width in (64, 1024)}
+    # to the byte: the wide one, then one less; half of it holds the stack, of at most 200 runs
+    for memory, fits in ((sizes[1024], True), (sizes[1024] - 1, False)):
+        done = run_sweep(tmp_path / "out", flags, f"--memory {memory / 2 ** 30!r}")
+        assert done.returncode == 0, done.stderr
+        assert ("! width 1024: a single run does not fit into" in done.stdout) != fits
+        assert "! width 64" not in done.stdout
+        narrow, wide = (line.split() for line in done.stdout.splitlines()[1:3])
+        replicas = memory // 2 // sizes[64]
+        assert int(narrow[3]) == math.ceil(200 / math.ceil(200 / replicas)) < 200 and wide[3] == "1"
+        assert narrow[4:8] == [f"{int(narrow[3]) * sizes[64] / 2 ** 20:,.0f}", "MiB",
+                               f"{sizes[64] / 2 ** 20:,.0f}", "MiB"]
+    for wrong in ("-1", "inf"):
+        done = run_sweep(tmp_path / "out", flags, "--memory", wrong)
+        assert done.returncode == 2 and "must be a number of GiB" in done.stderr
+
+
 @pytest.mark.parametrize("seconds, words", [
     (0.2, "0 seconds"), (90, "90 seconds"), (150, "2.5 minutes"), (3 * 3600, "3 hours"),
     (36 * 3600, "36 hours"), (5 * 86400, "5 days"), (3 * 365.25 * 86400, "3 years")])
