@@ -82,7 +82,7 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
         dict(hidden_layers=7, widths=[*PAPER_WIDTHS, 8192], base_width=256, steps=937, seeds=4)),
     "regimes": (
         "exponents of updates against α (Propositions 1 and 2)",
-        dict(alpha=[-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25], widths=WIDE, lrs=[0.005],
+        dict(alpha=[-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25], widths=WIDE, seeds=8, lrs=[0.005],
              readout_scale=0.05, steps=4, track=1),
         dict(hidden_layers=7, steps=10, seeds=4)),
     "updates": (
