@@ -641,9 +641,9 @@ def test_every_row_says_where_it_comes_from(swept):
 
 
 def test_rows_from_a_shell_are_deterministic_wherever_mkl_is(tmp_path):
-    small = "--base-width 8 --hidden-layers 1 --steps 2 --train-size 50 --val-size 20 --batch-size 4"
-    commands = [f"sweep.py --widths 8 --lrs 0.1 --seeds 1 --loss ce --no-plots {small}",
-                f"train.py --width 8 {small}"]
+    small = "--base-width 8 --hidden-layers 1 --steps 2 --train-size 50 --val-size 20 --batch-size 16"
+    commands = [f"sweep.py --widths 32 --lrs 0.1 --seeds 1 --loss ce --no-plots {small}",
+                f"train.py --width 32 {small}"]
     environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
     for command in commands:
         command = [sys.executable, *command.split(), "--out", tmp_path]
