@@ -409,7 +409,7 @@ def test_calibration_of_one_width_has_no_exponent():
 
 def boxes_of(figure):
     """[(text, its box in pixels)] of all that is seen: not the ticks beyond an axis, nor hidden panels."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     unseen = {text for ax in figure.axes if not ax.get_visible() for text in ax.findobj(plt.Text)}
     for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
         low, high = sorted(axis.get_view_interval())

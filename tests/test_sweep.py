@@ -550,7 +550,9 @@ def test_a_dry_run_tells_the_cost_of_what_would_be_run_and_runs_nothing(tmp_path
     assert last.startswith(f"{total:.2e} operations, {minutes:.3g} minutes at this machine's 1 GFLOP/s")
 
 
-def test_a_dry_run_says_what_fits_into_the_memory_of_a_device_that_is_not_here(tmp_path):
+def test_a_dry_run_says_what_fits_into_the_memory_of_a_device_that_is_not_here(tmp_path, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(sweep.time, "perf_counter", lambda: next(clock))
     flags = "--model gpt --optimizer adam --widths 64 1024 --seeds 200 --lrs 0.001 --steps 10 --dry-run"
     sizes = {width: sweep.replica_size(train.configure(dict(model="gpt", optimizer="adam", width=width)))[1]
              for width in (64, 1024)}
