@@ -372,7 +372,7 @@ def summarize_curve(curve, cells, widths, failed, criterion, shared):
 def assumptions(shared):
     """What the prediction of a network of the user's takes for granted, where that is in doubt."""
     said, network = [], shared["network"]
-    if ":" in shared["model"] and network["uneven"]:
+    if train.is_own(shared) and network["uneven"]:
         said.append("the prediction takes all dimensions that grow for proportional to the width; here some "
                     "grow otherwise")
     if network["roles_given"]:

@@ -354,7 +354,7 @@ def init_(model, base, parameterization, generator=None, zero_readout=False, gai
 
 def own_stds(base):
     """{name: RMS} of the weights that base was built with, those that are constant left out."""
-    return {name: w.detach().square().mean().sqrt().item() for name, w in base.named_parameters()
+    return {_plain(name): w.detach().square().mean().sqrt().item() for name, w in base.named_parameters()
             if (w != w.flatten()[0]).any()}
 
 
@@ -364,12 +364,13 @@ def rescale_(model, base, parameterization, overrides=None):
 
     base must hold its weights, built like the model's; at the base width nothing changes.
     """
-    records, e = _scaled(model, base, overrides), exponents(parameterization, "sgd")
+    records = _scaled(model, base, overrides)
     _warn_if_nothing_scales(records, overrides)
     now, at_base = own_stds(model), own_stds(base)
+    wanted = _init_stds(records, parameterization, 1.0, at_base)
     for r in records:
-        if r.name in now and r.name in at_base:
-            r.tensor.data.mul_(at_base[r.name] / now[r.name] * r.m ** -e[r.role][0])
+        if _plain(r.name) in now and _plain(r.name) in at_base:
+            r.tensor.data.mul_(wanted[r.name] / now[_plain(r.name)])
     return model
 
 

@@ -250,7 +250,7 @@ def replica_size(config):
     parameters = sum(p.numel() for p in model.parameters())
     rule = train.rule_of(config)
     fused = rule.plain and train.network_of(config, model).descend is not None
-    size = 8 if config["dtype"] == "float64" else 4
+    size = train.weight_dtype(config).itemsize
     kept = sum(sum(p.shape) for p in model.parameters()) * (2 if config["dtype"] == "bfloat16" else size)
     kept *= samples_of(config) // config["accumulate"]          # activations, about
     if fused:
@@ -565,7 +565,7 @@ def parse(argv=None):
     sweep_flags(parser)
     train.add_flags(parser, several=CURVE, without=("width", "lr", "seed"), defaults={"loss": "ce mse"})
     chosen, _ = parser.parse_known_args(argv)
-    text = chosen.model == "gpt" or chosen.model and chosen.data and chosen.data not in data.SHAPES
+    text = chosen.model == "gpt" or chosen.model and chosen.data and train.is_text(vars(chosen))
     name = chosen.preset or ("gpt_small" if text else "headline")
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")

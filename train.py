@@ -215,8 +215,9 @@ def build(config, device="cpu"):
     which a network of the user's may have, are the model's own, on the device. InputError."""
     wider = 2 * config["base_width"]            # tells the roles at the base width too
     with refusing(), torch.device("cpu" if is_own(config) else "meta"):
-        model, base, wider = (copy.deepcopy(network(config, width, models.own_shapes))
+        model, base, wider = (network(config, width, models.own_shapes)
                               for width in (config["width"], config["base_width"], wider))
+        model = copy.deepcopy(model)            # own_shapes hands out the same one again
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -538,7 +539,7 @@ def let_go(replicas, checked, last):
     if stays.all():
         return
     first = bad.int().argmax(0)
-    if checked == 0 and bad[0].any() and done:
+    if checked == 0 and bad[0].any():
         raise InputError("the loss is not finite before the first update; mend the initial weights, or use "
                          "another --readout-scale")
     for replica, offset in zip(alive[~stays].tolist(), first[~stays].tolist()):
@@ -785,11 +786,9 @@ def add_flags(parser, several=(), without=(), defaults=()):
                 default = f"{default}; {where}: {values[name]}"
         default = "none" if default == "" else default
         words = f"{text} (default {default})".replace("%", "%%")
-        if name == "code":
-            continue
         if kind is FLAG:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=words)
-        elif name not in without:
+        elif name not in (*without, "code"):            # the file tells its code
             words = f"{kind.words}; {words}" if kind.words.startswith("one of") else words
             group.add_argument(flag, type=kind.type, metavar={str: "NAME", int: "N", float: "X"}[kind.type],
                                nargs="+" if name in (*several, "roles") else None, help=words)

@@ -167,6 +167,9 @@ def test_rescale_keeps_constants_and_twice_is_as_once():
     assert all(torch.allclose(w, once[name], rtol=1e-6) for name, w in model.named_parameters())
     with pytest.raises(ValueError, match="unknown parameterization"):
         param.rescale_(model, base, "muP")
+    compiled = net(32)
+    param.rescale_(torch.compile(compiled), base, "mup")        # other names, never run
+    assert all(torch.equal(w, once[name]) for name, w in compiled.named_parameters())
     base[0].weight.data.fill_(3.0)              # constant in one of the two: nothing to go by
     param.rescale_(model, base, "mup")
     assert torch.allclose(model[0].weight, once["0.weight"])
