@@ -200,13 +200,23 @@ def finish(fig, title, legend=None):
     lines = [len(ax.get_legend().texts) for ax in fig.axes if ax.get_legend()]
     height = 0.2 * max(lines, default=0) + 2.4          # inches
     fig.set_figheight(max(fig.get_figheight(), height * fig.axes[0].get_gridspec().nrows))
-    fig.suptitle(textwrap.fill(title, int(12.5 * fig.get_figwidth()), break_on_hyphens=False))
+    fig.suptitle(even_lines(title, int(12.5 * fig.get_figwidth())))
     handles = {}
     for ax in fig.axes[::-1]:
         handles.update(zip(*ax.get_legend_handles_labels()[::-1]))
     if legend:
         fig.legend(handles.values(), handles, title=legend, loc="outside right center")
     return fig
+
+
+def even_lines(text, most):
+    """The text in as few lines of at most so many characters as it needs, about equally long."""
+    def wrap(size):
+        return textwrap.wrap(text, size, break_on_hyphens=False)
+
+    fewest = len(wrap(most))
+    each = map(wrap, range(len(text) // fewest, most + 1))
+    return "\n".join(next(lines for lines in each if len(lines) == fewest))
 
 
 def look(i):
@@ -244,11 +254,12 @@ def width_axis(ax, widths, legend=None, yscale="log", **labels):
 
 
 def log_ticks(axis):
-    """Plain labels at 1, 2 and 5 where a log axis spans less than two decades, closer on a short one."""
+    """Plain labels where a log axis spans less than two decades, the closer the shorter it is."""
     low, high = axis.get_view_interval()
     if high < 100 * low:
         close = MaxNLocator(4, steps=(1, 2, 5, 10))
-        axis.set_major_locator(close if high < 4 * low else LogLocator(10, (1, 2, 5)))
+        digits = (1, 2, 5) if high < 30 * low else (1, 3)
+        axis.set_major_locator(close if high < 4 * low else LogLocator(10, digits))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -347,8 +358,8 @@ def exponents(summary):
         for middle, local in zip(between, row.get("local_max_stable", ())):
             ax.text(middle, 0.02, "" if local is None else signed(local), ha="center", fontsize=8,
                     color="0.35", transform=ax.get_xaxis_transform())
-    return finish(fig, f"{setting(summary)}. Bars: from the largest stable to the smallest unstable LR. "
-                       "Legend: exponent [95 % interval]. At the bottom: the edge's slopes between widths")
+    return finish(fig, f"{setting(summary)}. Bars: largest stable to smallest unstable LR. "
+                       "Legend: exponent [95 % interval]. At the bottom: the edge's slopes")
 
 
 def optimal_lr(summary):
@@ -485,7 +496,7 @@ def regimes(summary):
             here = where(shown, step=step, loss=loss)
             shade_regimes(axes[i, j], {row["alpha"]: row["regime"] for row in here})
             exponents_over_alpha(axes[i, j], here, summary["hidden_layers"])
-            axes[i, j].set_title(f"{named(loss)}, after {WORDS['step'](step)}")
+            axes[i, j].set_title(f"{named(loss)}, after {WORDS['step'](step)}", pad=24)
             axes[-1, j].set_xlabel("α (learning rate ∝ $n^{-α}$)")
     predicted = [row["predicted"] for row in shown if row["predicted"] is not None] or [0.0]
     axes[0, 0].set_ylim(min(predicted) - 0.25, min(max(predicted), 1.6) + 0.75)
@@ -496,14 +507,14 @@ def regimes(summary):
 
 
 def shade_regimes(ax, regime):
-    """The background in the colour of each α's regime, and its name; regime: {α: name}."""
+    """The background in the colour of each α's regime, its name above; regime: {α: name}."""
     alphas, names = sorted(regime), [regime[alpha] for alpha in sorted(regime)]
     bounds = [alphas[0] - 0.08, *alphas[1:], alphas[-1] + 0.08]
     for name in unique(names):
         low, high = bounds[names.index(name)], bounds[len(names) - names[::-1].index(name)]
         ax.axvspan(low, high, color=REGIMES.get(name, "0.95"), lw=0, zorder=0)
-        ax.text((low + high) / 2, 1.0, name.replace(" ", "\n"), transform=ax.get_xaxis_transform(),
-                ha="center", va="top", fontsize=7.5, color="0.35")
+        ax.text((low + high) / 2, 1.01, name.replace(" ", "\n"), transform=ax.get_xaxis_transform(),
+                ha="center", va="bottom", fontsize=7.5, color="0.35")
     ax.axhline(0, color="0.4", lw=0.8)
     ax.set_xlim(bounds[0], bounds[-1])
 

@@ -14,6 +14,7 @@ killed sweep started again goes on. analyze.py then needs nothing but those rows
 import analyze      # before numpy and torch: it asks for reproducible products
 import train
 
+import argparse
 import datetime
 import fcntl
 import functools
@@ -60,7 +61,7 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
         dict(widths=[*PAPER_WIDTHS, 8192], hidden_layers=7, steps=937)),
     "bounded": (
         "six losses: does a bounded derivative decide?",
-        dict(loss=SIX, hidden_layers=4),
+        dict(loss=SIX),
         dict(widths=PAPER_WIDTHS, seeds=4, hidden_layers=7, steps=937)),
     "optimal_lr": (
         "CE against MSE on Fashion-MNIST (paper: MNIST), 8-layer MLP (Fig. 1)",
@@ -87,7 +88,7 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
         dict(hidden_layers=7, steps=10, seeds=4)),
     "updates": (
         "update norms of every layer against width (Fig. 4)",
-        dict(curves=THREE, loss=["ce"], widths=WIDE, lrs=[0.1], steps=10, track=1),
+        dict(curves=THREE, loss=["ce"], widths=WIDE, seeds=8, lrs=[0.1], steps=10, track=1),
         dict(hidden_layers=7, steps=100, seeds=4, track=10)),
     "alignment": (
         "alignment over training (Fig. 2)",
@@ -111,7 +112,7 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
     "gpt_updates": (
         "update norms of every tensor of a GPT against width",
         dict(model="gpt", loss=["ce"], optimizer=["adam"], param=["sp", "mup", "sp_full_align"],
-             widths=[64, 128, 256, 512], lrs=[0.001], warmup=[0], decay="none", steps=4, track=1),
+             widths=[*WIDTHS[1:], 2048], lrs=[0.001], warmup=[0], decay="none", steps=4, track=1),
         dict(widths=PAPER_WIDTHS, base_width=256, layers=6, context=512, batch_size=64)),
 }
 COARSE = 4              # lattice steps between points of the coarse grid: a factor 4 at the default step
@@ -561,7 +562,7 @@ def parse(argv=None):
     replace both."""
     presets = "\n".join(f"  {name:12} {words}" for name, (words, _, _) in PRESETS.items())
     parser = train.Parser(description=__doc__.splitlines()[0], epilog=f"presets:\n{presets}",
-                          formatter_class=train.HelpFormatter)
+                          formatter_class=argparse.RawDescriptionHelpFormatter)
     sweep_flags(parser)
     train.add_flags(parser, several=CURVE, without=("width", "lr", "seed"), defaults={"loss": "ce mse"})
     chosen, _ = parser.parse_known_args(argv)

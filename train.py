@@ -28,7 +28,6 @@ import functools
 import hashlib
 import json
 import math
-import pickle
 import platform
 import re
 import subprocess
@@ -440,12 +439,12 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
     network, rule = network_of(config, model), rule_of(config)
     order_device = "cpu" if splits.y is None else splits.x.device       # text is read on the CPU
     order, row_of = data_order(runs, splits.samples, config, order_device)
-    replicas = begin(runs, stack_of(runs, model, base, roles, device, weight_dtype(config)), device)
+    weights = stack_of(runs, model, base, roles, device, weight_dtype(config))
+    replicas = begin(runs, weights, device, track, tracked)
     if track:
-        initial = replicas["stack"]["weights"]
-        measure = tracker(runs, model, roles, initial, splits, config, tracked, alignment)
+        measure = tracker(runs, model, roles, weights["weights"], splits, config, tracked, alignment)
     if checkpoint and checkpoint.exists():
-        replicas = load_checkpoint(checkpoint, replicas["ids"], track, device)
+        replicas = load_checkpoint(checkpoint, replicas, device)
         if track:
             tracked[:] = replicas["tracked"]
     order, alive = order[..., rank::ranks], row_of[replicas["alive"].to(order_device)]
@@ -472,7 +471,7 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
                 if len(replicas["alive"]) == 0:
                     break
                 if checkpoint and done % every == 0 and not last and rank == 0:
-                    save_checkpoint(checkpoint, {**replicas, "track": track, "tracked": tracked})
+                    save_checkpoint(checkpoint, {**replicas, "tracked": tracked})
         finals = evaluate(network, replicas, splits, config) if len(replicas["alive"]) else {}
     origin = {"network": description(config, model, base, roles), **provenance(device),
               "seconds": round((time.perf_counter() - start) / len(runs), 4)}
@@ -518,10 +517,11 @@ def prepare(runs, splits, device, data_dir, ranks):
     return runs, config, splits
 
 
-def begin(runs, weights, device):
+def begin(runs, weights, device, track, tracked):
     """The state of a stack that has made no step; what a checkpoint keeps."""
     losses = weights["weights"][0].new_full((runs[0]["steps"], len(runs)), math.nan)
-    return {"ids": [run_id(run) for run in runs], "done": 0, "stack": weights,
+    return {"ids": [run_id(run) for run in runs], "track": track, "tracked": tracked,
+            "done": 0, "stack": weights,
             "alive": torch.arange(len(runs), device=device),            # replicas still training
             "diverged_at": [None] * len(runs),
             "losses": losses, "hits": torch.zeros_like(losses)}         # (steps, R)
@@ -714,37 +714,28 @@ def make_folder(path):
                          "name another with --out") from None
 
 
-def save_checkpoint(path, state):
+def save_checkpoint(path, replicas):
     """Writes whole or not at all. The data order is no part of it: it follows from the seed and the step."""
-    done = state["done"]
-    state = {**state, "stack": stack.state(state["stack"]), "losses": state["losses"][:done],
-             "hits": state["hits"][:done], "steps": len(state["losses"])}
     with data.whole_file(path) as file:
         try:
-            torch.save(state, file)
+            torch.save({**replicas, "stack": stack.state(replicas["stack"])}, file)
         except RuntimeError as error:       # how torch says that the disk is full
             raise OSError(f"{path} could not be written; make room, or train without --checkpoint") from error
 
 
-def load_checkpoint(path, ids, track, device):
-    """What save_checkpoint wrote for the runs of these ids. InputError if it is damaged or of other runs."""
+def load_checkpoint(path, begun, device):
+    """What save_checkpoint wrote, in place of the state `begun` of the same runs. InputError if it is damaged
+    or of other runs."""
     with open(path, "rb") as file:
         try:
             state = dict(torch.load(file, map_location=device, weights_only=True))
-            mine, tracking = state["ids"] == ids, state["track"]
-            for key in ("losses", "hits"):
-                full = state[key].new_full((state["steps"], len(ids)), math.nan)
-                full[:state["done"]] = state[key]
-                state[key] = full
-            names = ("ids", "done", "stack", "alive", "diverged_at", "losses", "hits", "tracked")
-            state = {name: state[name] for name in names}
-        except (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, AttributeError,
-                pickle.UnpicklingError):
+            state = {name: state[name] for name in begun}
+        except Exception:           # a damaged file raises all kinds
             raise InputError(f"{path} is damaged; remove it to begin that run anew") from None
-    if not mine:
+    if state["ids"] != begun["ids"]:
         raise InputError(f"{path} belongs to another run; remove it, or use another --out")
-    if tracking != track:
-        raise InputError(f"{path} was begun with --track {tracking}, not {track}; "
+    if state["track"] != begun["track"]:
+        raise InputError(f"{path} was begun with --track {state['track']}, not {begun['track']}; "
                          "go on with that, or remove it")
     return state
 
@@ -765,13 +756,6 @@ class Parser(argparse.ArgumentParser):
         if re.search(r"invalid \w+ value: '.*,.*'", message):
             message += "; separate values by spaces"
         self.exit(2, f"{self.prog}: {message}\n")
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """Keeps the lines of what stands below the flags."""
-
-    def _fill_text(self, text, width, indent):
-        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 def add_flags(parser, several=(), without=(), defaults=()):

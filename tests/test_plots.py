@@ -96,6 +96,13 @@ def test_exponents_stand_in_the_legend_and_the_title_says_what_the_bars_are():
     assert "-0.25" in local and "-0.25" not in said
 
 
+@pytest.mark.parametrize("most, lines", [
+    (40, ["a title of six short words"]), (25, ["a title of six", "short words"]),
+    (10, ["a title of", "six short", "words"])])
+def test_a_title_has_as_few_lines_as_it_needs_and_no_lone_word_in_the_last(most, lines):
+    assert plots.even_lines("a title of six short words", most) == "\n".join(lines)
+
+
 def test_lines_of_loss_against_lr_stop_where_the_search_left_a_gap():
     row = sweep_row(widths=(64, 128))
     evenly = [0.01, 0.1, 1.0]                   # however wide the steps, no gap
