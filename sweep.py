@@ -32,82 +32,83 @@ import torch
 
 import data
 from analyze import CURVE, GRID, cell_of, curve_of, key_of, read_rows
-from train import InputError
+from train import InputError, Kind
 
 LR_RANGE = {"sgd": (2 ** -8, 2 ** 3), "adam": (2 ** -9, 2 ** -1)}
 WIDTHS = [64, 128, 256, 512, 1024]
 WIDE = [512, 1024, 2048, 4096]          # where a few steps are all that is trained
 PAPER_WIDTHS = [256, 512, 1024, 2048, 4096]
-SIX = ["ce", "hinge", "huber", "squared_hinge", "mse", "brier"]
-THREE = [dict(alpha=0.5), dict(param="mup"), dict(param="sp_full_align")]
-FIVE = [dict(optimizer="sgd"), dict(optimizer="adam"), dict(optimizer="adam", norm_affine=False),
-        dict(optimizer="adam", param="mup"), dict(optimizer="adam", param="sp_full_align")]
+PAPER = dict(widths=PAPER_WIDTHS, seeds=4, hidden_layers=7, steps=937)
+GPT = dict(model="gpt", loss=["ce"], seeds=2, stable_if="best+1")
 PAPER_GPT = dict(steps=10_681, layers=6, context=512, batch_size=256, accumulate=8, warmup=700,
                  dtype="bfloat16", base_width=256)
 PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
     "headline": (
         "CE against MSE on generated data",
         dict(),
-        dict(widths=PAPER_WIDTHS, seeds=4, hidden_layers=7, steps=937)),
+        PAPER),
     "course": (
         "logits, hidden updates and loss over the first steps: the mechanism",
-        dict(loss=["ce", "mse", "huber"], alpha=[0.5], widths=[*WIDTHS[1:], 2048], hidden_layers=4, lrs=[0.1],
-             steps=100, seeds=5, track=5),
+        dict(loss=["ce", "mse", "huber"], alpha=[0.5], widths=[*WIDTHS[1:], 2048],
+             hidden_layers=4, lrs=[0.1], steps=100, seeds=5, track=5),
         dict(widths=PAPER_WIDTHS, hidden_layers=7)),
     "phase": (
         "loss over LR and width as a map, full grid",
-        dict(loss=["ce", "mse", "huber"], widths=[*WIDTHS, 2048], hidden_layers=4, seeds=1, search="grid",
-             lr_range=[2 ** -7, 4.0]),
-        dict(widths=[*PAPER_WIDTHS, 8192], hidden_layers=7, steps=937)),
+        dict(loss=["ce", "mse", "huber"], widths=[*WIDTHS, 2048], hidden_layers=4, seeds=1,
+             search="grid", lr_range=[2 ** -7, 4.0]),
+        dict(PAPER, widths=[*PAPER_WIDTHS, 8192], seeds=1)),
     "bounded": (
         "six losses: does a bounded derivative decide?",
-        dict(loss=SIX),
-        dict(widths=PAPER_WIDTHS, seeds=4, hidden_layers=7, steps=937)),
+        dict(loss=["ce", "hinge", "huber", "squared_hinge", "mse", "brier"]),
+        PAPER),
     "optimal_lr": (
         "CE against MSE on Fashion-MNIST (paper: MNIST), 8-layer MLP (Fig. 1)",
-        dict(data="fashion_mnist", hidden_layers=7, steps=300, widths=[128, 256, 512, 1024, 2048], seeds=2,
-             lr_range=[2 ** -9, 1.0], stable_if="accuracy"),
-        dict(data="mnist", steps=937, widths=[*PAPER_WIDTHS, 8192, 16384], seeds=4,
+        dict(data="fashion_mnist", hidden_layers=7, steps=300, widths=[*WIDTHS[1:], 2048],
+             seeds=2, lr_range=[2 ** -9, 1.0], stable_if="accuracy"),
+        dict(PAPER, data="mnist", widths=[*PAPER_WIDTHS, 8192, 16384],
              lr_range=[2 ** -12, 4.0])),
     "lr_transfer": (
         "loss against LR in four parameterizations, full grid (Fig. 5)",
-        dict(param=["sp", "ntp", "mup", "sp_full_align"], loss=["ce"], widths=WIDTHS[:4], hidden_layers=4,
-             search="grid", lr_range=[2 ** -5, 4.0]),
-        dict(data="mnist", hidden_layers=7, steps=937, seeds=4, widths=PAPER_WIDTHS, lr_range=None,
-             stable_if="accuracy")),
+        dict(param=["sp", "ntp", "mup", "sp_full_align"], loss=["ce"], widths=WIDTHS[:4],
+             hidden_layers=4, search="grid", lr_range=[2 ** -5, 4.0]),
+        dict(PAPER, data="mnist", lr_range=None, stable_if="accuracy")),
     "losses": (
         "best accuracy of CE, MSE and Brier in three parameterizations (Fig. 7)",
-        dict(data="fashion_mnist", loss=["ce", "mse", "brier"], param=["sp", "mup", "sp_full_align"],
-             widths=[64, 256, 1024], base_width=64, steps=600, seeds=2,
+        dict(data="fashion_mnist", loss=["ce", "mse", "brier"], steps=600, seeds=2,
+             param=["sp", "mup", "sp_full_align"], widths=[64, 256, 1024], base_width=64,
              stable_if="accuracy"),
-        dict(hidden_layers=7, widths=[*PAPER_WIDTHS, 8192], base_width=256, steps=937, seeds=4)),
+        dict(PAPER, widths=[*PAPER_WIDTHS, 8192], base_width=256)),
     "regimes": (
         "exponents of updates against α (Propositions 1 and 2)",
-        dict(alpha=[-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25], widths=WIDE, seeds=8, lrs=[0.005],
-             readout_scale=0.05, steps=4, track=1),
+        dict(alpha=[-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25], widths=WIDE, seeds=8,
+             lrs=[0.005], readout_scale=0.05, steps=4, track=1),
         dict(hidden_layers=7, steps=10, seeds=4)),
     "updates": (
         "update norms of every layer against width (Fig. 4)",
-        dict(curves=THREE, loss=["ce"], widths=WIDE, seeds=8, lrs=[0.1], steps=10, track=1),
+        dict(curves=[dict(alpha=0.5), dict(param="mup"), dict(param="sp_full_align")],
+             loss=["ce"], widths=WIDE, seeds=8, lrs=[0.1], steps=10, track=1),
         dict(hidden_layers=7, steps=100, seeds=4, track=10)),
     "alignment": (
         "alignment over training (Fig. 2)",
-        dict(alpha=[0.5], loss=["ce"], hidden_layers=4, lrs=[0.1], steps=200, track=20, alignment=True),
-        dict(data="mnist", widths=PAPER_WIDTHS, hidden_layers=7, steps=937, seeds=4, track=50)),
+        dict(alpha=[0.5], loss=["ce"], hidden_layers=4, lrs=[0.1], steps=200, track=20,
+             alignment=True),
+        dict(PAPER, data="mnist", track=50)),
     "limit": (
         "distance to the widest network, and the features' change (Proposition 2)",
-        dict(alpha=[0.5, 1.0], loss=["ce"], widths=WIDTHS[1:], lrs=[0.1], steps=100,
-             track=10),
-        dict(widths=[*PAPER_WIDTHS, 8192], hidden_layers=7, steps=937, seeds=4, track=50)),
+        dict(alpha=[0.5, 1.0], loss=["ce"], widths=WIDTHS[1:], lrs=[0.1], steps=100, track=10),
+        dict(PAPER, widths=[*PAPER_WIDTHS, 8192], track=50)),
     "gpt": (
         "a GPT under SGD and Adam, with and without norm gains (Fig. 6)",
-        dict(model="gpt", loss=["ce"], widths=[32, 64, 128, 256], seeds=2, steps=450, stable_if="best+1",
-             curves=FIVE),
+        dict(GPT, widths=[32, 64, 128, 256], steps=450, curves=[
+            dict(optimizer="sgd"),
+            dict(optimizer="adam"),
+            dict(optimizer="adam", norm_affine=False),
+            dict(optimizer="adam", param="mup"),
+            dict(optimizer="adam", param="sp_full_align")]),
         dict(PAPER_GPT, widths=[256, 1024, 4096], seeds=3)),
     "gpt_small": (
         "a small grid of it; the default of --model gpt",
-        dict(model="gpt", loss=["ce"], widths=[32, 64, 128], seeds=2, steps=100, optimizer=["adam"],
-             stable_if="best+1"),
+        dict(GPT, widths=[32, 64, 128], steps=100, optimizer=["adam"]),
         dict(PAPER_GPT, widths=[256, 1024])),
     "gpt_updates": (
         "update norms of every tensor of a GPT against width",
@@ -124,14 +125,21 @@ CPU_MEMORY = 2 ** 30    # bytes for a stack of several replicas on the CPU, and 
 
 # ---- which learning rates a cell still needs ----
 
-def lattice(args, optimizer):
-    """(LR of a lattice point k, lowest k, highest k, coarse steps by which the grid may grow)."""
+def reach_of(low, high, extensions):
+    """The lattice points up to which a grid low..high may grow."""
+    return range(low - extensions * COARSE, high + extensions * COARSE + 1)
+
+
+def lattice(args, curve):
+    """({lattice point k: LR}, lowest k, highest k, coarse steps by which the grid may grow)."""
     if args["lrs"]:
         lrs = sorted(set(args["lrs"]))
-        return lrs.__getitem__, 0, len(lrs) - 1, 0
-    octaves = round(math.log2(args["lr_step"]), 12)     # sqrt(2) is half an octave, not 0.5000000000000001
-    low, high = (round(math.log2(lr) / octaves) for lr in args["lr_range"] or LR_RANGE[optimizer])
-    return lambda k: 2.0 ** (k * octaves), low, high, EXTENSIONS
+        return dict(enumerate(lrs)), 0, len(lrs) - 1, 0
+    ends = args["lr_range"] or LR_RANGE[dict(zip(CURVE, curve))["optimizer"]]
+    octaves = round(math.log2(args["lr_step"]), 12)     # sqrt(2): half an octave, not 0.5000000000000001
+    low, high = (round(math.log2(lr) / octaves) for lr in ends)
+    lr_of = {k: 2.0 ** (k * octaves) for k in reach_of(low, high, EXTENSIONS)}
+    return lr_of, low, high, EXTENSIONS
 
 
 def next_points(known, low, high, search, extensions, hint=None, chance=math.inf):
@@ -140,39 +148,45 @@ def next_points(known, low, high, search, extensions, hint=None, chance=math.inf
     known: {k: (losses (S,), stable (S,))} of S seeds. grid: all of low..high. coarse-to-fine: every
     COARSE-th point, or a few around hint = (optimum, edge) of a narrower width; then halves of the gaps
     beside the optimum, and of every seed's bracket of its edge, down to one step, and ever farther points
-    until the curvature around the optimum is certain (analyze.window). Where the optimum lies at an end, or
-    nothing above it is unstable for some seed, the grid grows; downwards also where all runs diverged, or
-    where those at a hint learned nothing: none is stable and below chance, a constant predictor's loss.
+    until the curvature around the optimum is certain (analyze.window). Where the optimum lies at an end,
+    or nothing above it is unstable for some seed, the grid grows; downwards also where all runs diverged,
+    or where those at a hint learned nothing: none is stable and below chance, a constant predictor's loss.
     """
-    grid, reach = search == "grid", set(range(low - extensions * COARSE, high + extensions * COARSE + 1))
-    start = set(range(low, high + 1, 1 if grid else COARSE))
-    grown = range(1, COARSE + 1) if grid else (COARSE,)
-    hint = None if grid else hint
-    if hint:
+    reach = set(reach_of(low, high, extensions))
+    if search == "grid":
+        start, steps = range(low, high + 1), range(1, COARSE + 1)
+    elif hint:
         optimum, edge = hint
-        start, grown = reach & {optimum - 2, optimum - 1, optimum, edge - 1, edge + 1}, (1,)
-    if not start <= known.keys():
-        return start - known.keys()
+        start, steps = [optimum - 2, optimum - 1, optimum, edge - 1, edge + 1], [1]
+    else:
+        start, steps = range(low, high + 1, COARSE), [COARSE]
+    want = reach.intersection(start) - known.keys()
+    if want:
+        return want
 
     ks, losses, stable = table_of(known)
     best, brackets = int(losses.mean(0).argmin()), analyze.edges(losses, stable)
     diverged = not (losses < analyze.DIVERGED).all(0).any()
     lost = hint and ks[0] > low and not (stable & (losses < chance)).any()
-    want = {ks[0] - i for i in grown} & reach if best == 0 or diverged or lost else set()
     unbounded = any(edge is not None and above is None for edge, above in brackets)
-    if not diverged and (best == len(ks) - 1 or unbounded):
-        want |= {ks[-1] + i for i in grown} & reach
-    if want or grid or diverged:
+    if best == 0 or diverged or lost:
+        want.update(ks[0] - i for i in steps)
+    if not diverged and (ks[best] == ks[-1] or unbounded):
+        want.update(ks[-1] + i for i in steps)
+    want &= reach
+    if want or search == "grid" or diverged:
         return want
-    want = {(ks[best] + k) // 2 for k in ks[best - 1:best] + ks[best + 1:best + 2]}
-    want |= {(ks[edge] + ks[above]) // 2 for edge, above in brackets if above is not None}
+
+    middles = [(a + b) // 2 for a, b in itertools.pairwise(ks)]
+    want.update(middles[max(best - 1, 0):best + 1])
+    want.update(middles[edge] for edge, above in brackets if above is not None)
     if want <= known.keys():
-        first, last, _, open = analyze.window(np.array(ks, float), losses, stable.all(0))
+        first, last, _, open = analyze.window(np.array(ks), losses, stable.all(0))
         away = [abs(k - ks[best]) for k in ks]
         for k in range(first, last):
             near, far = sorted(away[k:k + 2])
             if far > FARTHER * near > 0:
-                want.add((ks[k] + ks[k + 1]) // 2)
+                want.add(middles[k])
         if open and want <= known.keys() and away[0] < FARTHEST:
             want.add(ks[best] - min(FARTHER * away[0], FARTHEST))
     return want & reach - known.keys()
@@ -181,15 +195,16 @@ def next_points(known, low, high, search, extensions, hint=None, chance=math.inf
 def table_of(known):
     """(lattice points in order, losses (S, K), stable (S, K))."""
     ks = sorted(known)
-    return ks, *(np.stack([np.atleast_1d(known[k][i]) for k in ks], 1) for i in (0, 1))
+    losses, stable = zip(*(known[k] for k in ks))
+    return ks, np.column_stack(losses), np.column_stack(stable)
 
 
 def optimum_and_edge(known):
     """(optimum, edge) as lattice points, the edge that of the first seed to lose stability."""
     ks, losses, stable = table_of(known)
     best = int(losses.mean(0).argmin())
-    last = min((edge for edge, _ in analyze.edges(losses, stable) if edge is not None), default=best)
-    return ks[best], max(ks[best], ks[last])
+    edges = [edge for edge, _ in analyze.edges(losses, stable) if edge is not None]
+    return ks[best], ks[max(best, min(edges, default=best))]
 
 
 def follow(cell, column_of, criterion, search):
@@ -201,15 +216,12 @@ def follow(cell, column_of, criterion, search):
     """
     known = {}
     while (points := search(known)) and points <= column_of.keys():
-        known = seen_alone(cell, column_of, known.keys() | points, criterion)
+        ks = sorted(known.keys() | points)
+        columns = [column_of[k] for k in ks]
+        seen = {name: cell[name][:, columns] for name in ("losses", "accuracies")}
+        stable = analyze.stability({**cell, **seen}, criterion)
+        known = dict(zip(ks, zip(seen["losses"].T, stable.T)))
     return known, points
-
-
-def seen_alone(cell, column_of, ks, criterion):
-    """{k: (losses (S,), stable (S,))} of lattice points ks, as if no others had been run."""
-    columns = [column_of[k] for k in sorted(ks)]
-    seen = {**cell, "losses": cell["losses"][:, columns], "accuracies": cell["accuracies"][:, columns]}
-    return dict(zip(sorted(ks), zip(seen["losses"].T, analyze.stability(seen, criterion).T)))
 
 
 def missing_runs(args, given, curves, rows):
@@ -217,29 +229,46 @@ def missing_runs(args, given, curves, rows):
     width; none at the end."""
     missing = []
     for curve in curves:
-        lr_of, low, high, extensions = lattice(args, curve[CURVE.index("optimizer")])
-        k_of = {lr_of(k): k for k in range(low - extensions * COARSE, high + extensions * COARSE + 1)}
+        lr_of, low, high, extensions = lattice(args, curve)
+        k_of = {lr: k for k, lr in lr_of.items()}
         hint = None
         for width in args["widths"]:
             cell = cell_of(rows.values(), curve, width, args["seeds"])
-            done = {k_of[lr]: i for i, lr in enumerate(cell["lr"].tolist()) if lr in k_of}
-            search = functools.partial(next_points, low=low, high=high, search=args["search"],
-                                       extensions=extensions, hint=hint, chance=cell["chance"])
-            known, points = follow(cell, done, args["criterion"], search)
-            asked = [runs_of(given, curve, width, lr_of(k), args["seeds"]) for k in sorted(points)]
-            new = [run for runs in asked for run in runs if train.run_id(run) not in rows]
+            column_of = {k_of[lr]: i for i, lr in enumerate(cell["lr"].tolist()) if lr in k_of}
+
+            def search(known):
+                return next_points(known, low, high, args["search"], extensions, hint, cell["chance"])
+
+            known, points = follow(cell, column_of, args["criterion"], search)
+            asked = [runs_of(given, curve, width, lr_of[k], args["seeds"]) for k in sorted(points)]
+            new = [run for run in sum(asked, []) if train.run_id(run) not in rows]
             missing += new
-            if args["search"] != "grid" and new:
+            if new and args["search"] != "grid":
                 break           # wider nets wait for what is found here, which tells where to look
-            stable_somewhere = any(stable.any() for _, stable in known.values())
-            if not points and stable_somewhere:         # no hint from a cell with failed runs
-                hint = optimum_and_edge(known)
+            if not points and any(stable.any() for _, stable in known.values()):
+                hint = optimum_and_edge(known)          # none from a cell with failed runs
     return missing
 
 
+def run_of(given, curve, width, lr=1.0, seed=0):
+    return train.configure({**given, **dict(zip(CURVE, curve)), "width": width, "lr": lr, "seed": seed})
+
+
 def runs_of(given, curve, width, lr, seeds):
-    return [train.configure({**given, **dict(zip(CURVE, curve)), "width": width, "lr": lr, "seed": seed})
-            for seed in range(seeds)]
+    return [run_of(given, curve, width, lr, seed) for seed in range(seeds)]
+
+
+def planned_runs(args, given, curves):
+    """{width: its runs, about}: a search takes half the grid at the narrowest width, then a quarter."""
+    planned = {}
+    for width in args["widths"]:
+        share = 1 if args["search"] == "grid" else 4 if planned else 2
+        planned[width] = []
+        for curve in curves:
+            _, low, high, _ = lattice(args, curve)
+            count = math.ceil((high - low + 1) / share)
+            planned[width] += count * runs_of(given, curve, width, 1.0, args["seeds"])
+    return planned
 
 
 # ---- which runs train together ----
@@ -248,18 +277,17 @@ def replica_size(config):
     """(parameters, bytes of memory) of one replica: weights, optimizer state, gradients, activations and
     batches."""
     model, _, _ = train.build(config)
+    rule, size = train.rule_of(config), train.weight_dtype(config).itemsize
     parameters = sum(p.numel() for p in model.parameters())
-    rule = train.rule_of(config)
-    fused = rule.plain and train.network_of(config, model).descend is not None
-    size = train.weight_dtype(config).itemsize
+    weights = size * parameters
     kept = sum(sum(p.shape) for p in model.parameters()) * (2 if config["dtype"] == "bfloat16" else size)
     kept *= samples_of(config) // config["accumulate"]          # activations, about
-    if fused:
-        return parameters, kept + size * parameters
+    if rule.plain and train.network_of(config, model).descend:          # no gradients
+        return parameters, weights + kept
     # weights, their state, gradients; then a part's pass and its gradients, or the optimizer's scratch space
-    more = kept + size * parameters * (config["accumulate"] > 1)
-    scratch = size * parameters * (2 if rule.optimizer == "adam" else 0)
-    return parameters, size * parameters * (2 + rule.moments) + max(more, scratch)
+    more = kept + weights * (config["accumulate"] > 1)
+    scratch = 2 * weights * (rule.optimizer == "adam")
+    return parameters, weights * (2 + rule.moments) + max(more, scratch)
 
 
 def samples_of(config):
@@ -286,38 +314,35 @@ def stacks(runs, device="cpu", size="auto", shares=1, memory=None):
     most_replicas), and enough of them for `shares` ranks."""
     groups = {}
     for run in runs:
-        shared = tuple(run[name] for name in train.SETTINGS if name not in train.PER_REPLICA)
+        shared = [run[name] for name in train.SETTINGS if name not in train.PER_REPLICA]
         groups.setdefault((*shared, run["weight_decay"] > 0), []).append(run)       # decay rounds otherwise
     for group in groups.values():
         most, unit = most_replicas(group[0], device, memory) if size == "auto" else (size, 1)
         if most > 1 and not train.stackable(group[0]):
             most, unit = 1, 1
         units = math.ceil(len(group) / unit)
-        parts = max(math.ceil(units / max(1, most // unit)), min(shares, units))
+        parts = max(math.ceil(units / (most // unit)), min(shares, units))
         bounds = [min(len(group), unit * (units * i // parts)) for i in range(parts + 1)]       # equal sizes
-        yield from (group[a:b] for a, b in zip(bounds, bounds[1:]))
+        yield from (group[a:b] for a, b in itertools.pairwise(bounds))
 
 
 def train_or_halve(stack, splits, device, tracked, **tracking):
     """train.train; a stack that does not fit into memory is halved, a single run that does not becomes a
     row saying so."""
+    before = len(tracked)
     try:
         return train.train(stack, splits, device, tracked=tracked, **tracking)
     except (RuntimeError, MemoryError) as error:
         if not train.out_of_memory(error):
             raise
-    tracked.clear()
+    del tracked[before:]
     width, half = stack[0]["width"], len(stack) // 2
     if half == 0:
         say_once(f"width {width}: out of memory for a single run; it becomes a row without results")
         return [train.failed_row(stack[0], "out of memory", device)]
     say_once(f"width {width}: out of memory for {len(stack)} runs at once; going on with {half}")
-    parts = []
-    for part in (stack[:half], stack[half:]):
-        own = []
-        parts += train_or_halve(part, splits, device, own, **tracking)
-        tracked += own
-    return parts
+    return [row for part in (stack[:half], stack[half:])
+            for row in train_or_halve(part, splits, device, tracked, **tracking)]
 
 
 @functools.cache
@@ -330,7 +355,7 @@ class Team:
     process alone is a team of one. Ranks need a common result folder; each writes its own files in it."""
 
     def __init__(self):
-        self.store, self.rank, self.size, self.round, self.meetings = None, 0, 1, 0, 0
+        self.store, self.rank, self.size, self.calls = None, 0, 1, itertools.count()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             store, self.rank, self.size = next(torch.distributed.rendezvous("env://"))
             # ranks that torchrun started again find the store of those before them, with their counters in it
@@ -343,17 +368,15 @@ class Team:
         if self.store is None:
             yield from stacks
             return
-        stacks, self.round = sorted(stacks, key=lambda stack: -stack[0]["width"]), self.round + 1
-        while (i := self.store.add(f"round {self.round}", 1) - 1) < len(stacks):
+        stacks, turn = sorted(stacks, key=lambda stack: -stack[0]["width"]), f"turn {next(self.calls)}"
+        while (i := self.store.add(turn, 1) - 1) < len(stacks):
             yield stacks[i]
 
     def meet(self):
         """Waits until every rank is here."""
-        if self.store is not None:
-            self.meetings += 1
-            if self.store.add(f"meeting {self.meetings}", 1) == self.size:
-                self.store.set(f"met {self.meetings}", "")
-            self.store.wait([f"met {self.meetings}"])
+        meeting = next(self.calls)
+        self.store.set(f"{meeting} {self.rank}", "")
+        self.store.wait([f"{meeting} {rank}" for rank in range(self.size)])
 
     def exchange(self, out, rows):
         """Adds the rows that others wrote; nobody writes meanwhile."""
@@ -363,14 +386,12 @@ class Team:
             self.meet()
 
 
-def run_missing(args, given, curves, device, rows, tracks, team, splits=None):
-    """Runs what is missing, round by round, and appends each stack's rows to the files and to rows and
-    tracks."""
+def run_missing(args, given, curves, device, rows, team, splits=None):
+    """Runs what is missing, round by round, and appends each stack's rows to the files and to rows."""
     report = progress_line(args, given, curves, rows)
     while missing := missing_runs(args, given, curves, rows):
         for stack in team.share(stacks(missing, device, args["stack"], team.size)):
-            if splits is None:
-                splits = data.load(stack[0], args["data_dir"], device)
+            splits = splits or data.load(stack[0], args["data_dir"], device)
             tracked = []
             done = train_or_halve(stack, splits, device, tracked, track=args["track"],
                                   alignment=args["alignment"])
@@ -378,7 +399,6 @@ def run_missing(args, given, curves, device, rows, tracks, team, splits=None):
                 train.append_rows(args["out"] / rows_file("track", team.rank), tracked)
             train.append_rows(args["out"] / rows_file("runs", team.rank), done)
             rows.update((key_of(row), row) for row in done)
-            tracks.update((key_of(row), row) for row in tracked)
             report(stack[0]["width"])
         team.exchange(args["out"], rows)
 
@@ -405,18 +425,17 @@ def open_folder(out, rank=0):
 def check_folder(out, rows, given, track):
     """Refuses a folder whose rows have other settings than this sweep would give them, and writes
     config.json."""
-    settled = {}
+    def refuse(words):
+        raise InputError(f"{out} holds runs with {words}; use another --out")
+
+    settled = functools.cache(lambda curve: run_of(given, curve, given["width"]))
     for row in rows.values():
-        curve = curve_of(row)
-        if curve not in settled:
-            config = train.configure({**given, **dict(zip(CURVE, curve))})
-            settled[curve] = {name: config[name] for name in config if name not in GRID}
-        for name, value in settled[curve].items():
-            if row.get(name, value) != value:
-                said = f"{name} = {row[name]!r}, not {value!r}"
-                if name == "code":
-                    said = f"another version of {row['model']}, or of a file beside it that it imports"
-                raise InputError(f"{out} holds runs with {said}; use another --out")
+        for name, value in settled(curve_of(row)).items():
+            if name in GRID or row.get(name, value) == value:
+                continue
+            if name == "code":
+                refuse(f"another version of {row['model']}, or of a file beside it that it imports")
+            refuse(f"{name} = {row[name]!r}, not {value!r}")
     path = out / "config.json"
     try:
         before = json.loads(path.read_text()).get("track", track) if rows and path.exists() else track
@@ -424,16 +443,8 @@ def check_folder(out, rows, given, track):
         raise InputError(f"{path} is damaged; remove it, if the rows beside it are of this sweep, "
                          "or use another --out") from None
     if before != track:
-        raise InputError(f"{out} holds runs with track = {before!r}, not {track!r}; use another --out")
+        refuse(f"track = {before!r}, not {track!r}")
     analyze.write_json(path, {**given, "track": track})
-
-
-def planned_lrs(args, curve, i):
-    """LRs of the i-th width, about: a search takes half the grid at the narrowest width, a quarter at the
-    others."""
-    _, low, high, _ = lattice(args, curve[CURVE.index("optimizer")])
-    count = high - low + 1
-    return count if args["search"] == "grid" else (count + 1) // 2 if i == 0 else (count + 3) // 4
 
 
 def progress_line(args, given, curves, rows):
@@ -441,45 +452,37 @@ def progress_line(args, given, curves, rows):
 
     The time left goes by what runs of each width took so far; a width without any costs as its parameters do.
     """
-    size, planned, start, shown = {}, {}, time.monotonic(), [0.0]
-    for i, width in enumerate(args["widths"]):
-        size[width] = replica_size(runs_of(given, curves[0], width, 1.0, 1)[0])[0]
-        planned[width] = sum(args["seeds"] * planned_lrs(args, curve, i) for curve in curves)
-
-    def seconds():
-        """{width: seconds of each of its runs}."""
-        return {width: [row["seconds"] for row in rows.values() if row["width"] == width] for width in size}
-
-    before = sum(seconds().values(), [])
+    planned, before = planned_runs(args, given, curves), set(rows)
+    size = {width: replica_size(runs[0])[0] for width, runs in planned.items()}
+    start = shown = time.monotonic()
 
     def report(width):
-        elapsed, ran, left = time.monotonic() - start, seconds(), 0.0
-        if not sys.stderr.isatty() and elapsed - shown[0] < 60:
+        nonlocal shown
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        if not terminal and now - shown < 60:
             return
-        every = sum(ran.values(), [])
-        for w in planned:
-            like = min((v for v in ran if ran[v]), key=lambda v: abs(math.log(v / w)))
-            left += max(0, planned[w] - len(ran[w])) * np.mean(ran[like]) * size[w] / size[like]
-        spent = sum(every) - sum(before)
-        left *= elapsed / spent if spent > 0 else 1.0
-        total = sum(max(planned[w], len(ran[w])) for w in planned)
-        pace = (len(every) - len(before)) / elapsed
-        line = (f"{len(every)}/{total} runs, width {width}, {pace:.1f} runs/s, "
-                f"{left // 60:.0f}:{left % 60:02.0f} left")
-        if sys.stderr.isatty():
-            print(f"\r{line:70}", end="", file=sys.stderr, flush=True)
-        else:
-            shown[0] = elapsed
-            print(line, file=sys.stderr, flush=True)
+        shown, done, left = now, 0, 0.0
+        took = {w: [row["seconds"] for row in rows.values() if row["width"] == w] for w in planned}
+        missing = {w: max(0, len(runs) - len(took[w])) for w, runs in planned.items()}
+        for w, more in missing.items():
+            like = min((v for v in took if took[v]), key=lambda v: abs(math.log(v / w)))
+            left += more * np.mean(took[like]) * size[w] / size[like]
+            done += len(took[w])
+        new = [row["seconds"] for key, row in rows.items() if key not in before]
+        elapsed = now - start
+        left *= elapsed / sum(new) if sum(new) > 0 else 1.0
+        line = (f"{done}/{done + sum(missing.values())} runs, width {width}, "
+                f"{len(new) / elapsed:.1f} runs/s, {left // 60:.0f}:{left % 60:02.0f} left")
+        print(f"\r{line:70}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
     return report
 
 
 def print_plans(args, given, curves):
     """param.plan of every width, once for curves that draw and train alike."""
-    lr = args["lrs"][0] if args["lrs"] else train.SETTINGS["lr"][0]
-    plans = {train.plan(run): run["width"] for width in args["widths"] for curve in curves
-             for run in runs_of(given, curve, width, lr, 1)}
+    lr, *_ = args["lrs"] or train.SETTINGS["lr"]
+    plans = {train.plan(run_of(given, curve, width, lr)): width
+             for width in args["widths"] for curve in curves}
     for table, width in plans.items():
         print(f"width {width}: {table}\n")
 
@@ -495,19 +498,18 @@ def dry_run(args, given, curves, device):
     rate, total = products * 2 * n ** 3 / (time.perf_counter() - start), 0
     memory, too_wide = int(args["memory"] * 2 ** 30), []
     there = memory or memory_of(device)
-    print(f"{'width':>6} {'runs':>6} {'parameters':>13} {'stack':>6} {'stack memory':>13} {'one run':>13} "
-          f"{'operations':>11}")
-    for i, width in enumerate(args["widths"]):
-        runs = [run for curve in curves
-                for run in runs_of(given, curve, width, 1.0, args["seeds"]) * planned_lrs(args, curve, i)]
-        parameters, one = map(max, zip(*(replica_size(runs_of(given, curve, width, 1.0, 1)[0])
-                                         for curve in curves)))
-        stack = max(len(part) for part in stacks(runs, device, args["stack"], memory=memory))
-        too_wide += [width] if one > there else []
+    columns = "{:>6} {:>6} {:>13} {:>6} {:>13} {:>13} {:>11}".format
+    print(columns("width", "runs", "parameters", "stack", "stack memory", "one run", "operations"))
+    for width, runs in planned_runs(args, given, curves).items():
+        sizes = [replica_size(run_of(given, curve, width)) for curve in curves]
+        parameters, one = map(max, zip(*sizes))
+        stack = max(map(len, stacks(runs, device, args["stack"], memory=memory)))
+        if one > there:
+            too_wide.append(width)
         operations = 6.0 * parameters * len(runs) * runs[0]["steps"] * samples_of(runs[0])
         total += operations
-        print(f"{width:6} {len(runs):6} {parameters:13,} {stack:6} {stack * one / 2 ** 20:9,.0f} MiB "
-              f"{one / 2 ** 20:9,.0f} MiB {operations:11.2e}")
+        sizes = [f"{size / 2 ** 20:,.0f} MiB" for size in (stack * one, one)]
+        print(columns(width, len(runs), f"{parameters:,}", stack, *sizes, f"{operations:.2e}"))
     for width in too_wide:
         print(f"! width {width}: a single run does not fit into {there / 2 ** 30:.3g} GiB; use a larger "
               "--accumulate")
@@ -533,16 +535,20 @@ def duration(seconds):
 # ---- command line ----
 
 def sweep_flags(parser):
-    add = parser.add_argument_group("sweep").add_argument
-    add("--preset", metavar="NAME", help="see below (default headline, with --model gpt gpt_small)")
+    group = parser.add_argument_group("sweep")
+    add = group.add_argument
+    add("--preset", choices=PRESETS, metavar="NAME",
+        help="see below (default headline, with --model gpt gpt_small)")
     add("--scale", default="cpu", choices=("cpu", "paper"),
         help="cpu: two cores; paper: the paper's sizes, for CUDA (default cpu)")
     add("--widths", type=int, nargs="+", metavar="N", default=WIDTHS,
         help=f"widths (default {' '.join(map(str, WIDTHS))})")
     add("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default 3)")
-    add("--lrs", type=float, nargs="+", metavar="X", help="exactly these LRs, instead of a range")
-    add("--lr-range", type=float, nargs=2, metavar=("LO", "HI"), help="range of LRs; grows where the optimum "
-        "or the edge lies outside (default 2^-8 2^3, Adam 2^-9 2^-1)")
+    lrs = group.add_mutually_exclusive_group().add_argument
+    lrs("--lrs", type=float, nargs="+", metavar="X", help="exactly these LRs")
+    lrs("--lr-range", type=float, nargs=2, metavar=("LO", "HI"),
+        help="range of LRs; grows where the optimum or the edge lies outside "
+        "(default 2^-8 2^3, Adam 2^-9 2^-1)")
     add("--lr-step", type=float, default=math.sqrt(2), metavar="F",
         help="ratio of neighbouring LRs (default sqrt 2)")
     add("--search", default="coarse-to-fine", choices=("coarse-to-fine", "grid"),
@@ -568,28 +574,32 @@ def parse(argv=None):
     chosen, _ = parser.parse_known_args(argv)
     text = chosen.model == "gpt" or chosen.model and chosen.data and train.is_text(vars(chosen))
     name = chosen.preset or ("gpt_small" if text else "headline")
-    if name not in PRESETS:
-        raise InputError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
     _, flags, of_paper = PRESETS[name]
-    preset = {"preset": name, "curves": [{}], "loss": ["ce", "mse"], **flags,
-              **(of_paper if chosen.scale == "paper" else {})}
+    parser.set_defaults(preset=name, curves=[{}], loss=["ce", "mse"])
+    parser.set_defaults(**flags)
+    if chosen.scale == "paper":
+        parser.set_defaults(**of_paper)
     if chosen.lr_range:
-        preset.pop("lrs", None)         # a range on the command line replaces a preset's list
-    parser.set_defaults(**preset)
+        parser.set_defaults(lrs=None)       # a range on the command line replaces a preset's list
     args = vars(parser.parse_args(argv))
     args["out"] = Path(args["out"] or default_out(name, vars(chosen)))
-    check_args(args, chosen)
+    check_args(args)
     args["criterion"] = analyze.criterion_of(args["stable_if"])
     args["widths"] = sorted(set(args["widths"]))
-    args["search"] = "grid" if args["lrs"] else args["search"]
+    if args["lrs"]:
+        args["search"] = "grid"
     given = {name: value for name, value in train.settings_given(args).items() if name not in GRID}
     given["width"] = args["widths"][0]      # the default may be no multiple of --head-dim
     curves = curves_of(args, given)
     for curve, width, lr in itertools.product(curves, args["widths"], args["lrs"] or [1.0]):
-        runs_of(given, curve, width, lr, 1)
+        run_of(given, curve, width, lr)
     for width in args["widths"]:
-        train.build(*runs_of(given, curves[0], width, 1.0, 1))
+        train.build(run_of(given, curves[0], width))
     return args, given, curves
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value]
 
 
 def default_out(preset, chosen):
@@ -597,58 +607,58 @@ def default_out(preset, chosen):
     parts = [preset]
     for name, value in chosen.items():
         if name in train.SETTINGS and value not in (None, "gpt", "mlp"):
-            value = "-".join(map(str, value if isinstance(value, list) else [value]))
-            parts.append(re.sub(r"[^\w.+-]+", "_", f"{name}-{value}"))
-    return "out/" + "_".join(parts)
+            parts.append("-".join(map(str, [name, *as_list(value)])))
+    return "out/" + re.sub(r"[^\w.+-]+", "_", "_".join(parts))
 
 
-def check_args(args, chosen):
+CHECKS = {      # flags of the sweep
+    "seeds": train.COUNT,
+    "track": train.WHOLE,
+    "memory": train.NONNEGATIVE,
+    "lr_step": Kind(float, lambda v: 1.01 <= v <= 1000, "a number from 1.01 to 1000"),
+    "lr_range": Kind(list, lambda v: not v or 1e-30 < v[0] < v[1] < 1e30,
+                     "two numbers, the lower one first, within 1e-30 and 1e30"),
+    "stack": Kind(str, lambda v: v == "auto" or v.isdecimal() and int(v),
+                  "auto or a whole number, at least 1"),
+}
+
+
+def check_args(args):
     """InputError for flags of the sweep that are out of range; turns --stack into a number."""
-    stack, lr_range = args["stack"], args["lr_range"]
-    for wrong, words in (
-            (args["seeds"] < 1, f"seeds is {args['seeds']}; it must be at least 1"),
-            (args["track"] < 0, f"track is {args['track']}; it must be at least 0"),
-            (not 0 <= args["memory"] < math.inf, f"memory is {args['memory']}; it must be a number of GiB"),
-            (not 1.01 <= args["lr_step"] <= 1000,
-             f"lr-step is {args['lr_step']}; it must be a number from 1.01 to 1000"),
-            (chosen.lrs and chosen.lr_range,
-             f"lrs is {chosen.lrs} and lr-range is {chosen.lr_range}; give one of them"),
-            (lr_range and not 1e-30 < lr_range[0] < lr_range[1] < 1e30,
-             f"lr-range is {lr_range}; it must be two numbers, the lower one first, within 1e-30 and 1e30"),
-            (stack != "auto" and not (stack.isdecimal() and int(stack)),
-             f"stack is {stack!r}; it must be auto or a whole number, at least 1")):
-        if wrong:
-            raise InputError(words)
-    args["stack"] = stack if stack == "auto" else int(stack)
+    for name, kind in CHECKS.items():
+        if not kind.holds(args[name]):
+            raise InputError(f"{name.replace('_', '-')} is {args[name]!r}; it must be {kind.words}")
+    if args["stack"] != "auto":
+        args["stack"] = int(args["stack"])
 
 
 def curves_of(args, given):
     """Values of CURVE, one tuple per curve: those of the preset, crossed with the lists given, loss in the
     innermost loop."""
-    lists = {name: args[name] if isinstance(args[name], list) else [args[name]]
-             for name in CURVE[::-1] if args[name] is not None}
-    found = []
-    for preset, values in itertools.product(args["curves"], itertools.product(*lists.values())):
-        found.append(curve_of(train.configure({**given, **preset, **dict(zip(lists, values))})))
-    return list(dict.fromkeys(found))
+    lists = {name: as_list(args[name]) for name in CURVE[::-1] if args[name] is not None}
+    runs = [train.configure({**given, **preset, **dict(zip(lists, values))})
+            for preset, values in itertools.product(args["curves"], itertools.product(*lists.values()))]
+    return list(dict.fromkeys(map(curve_of, runs)))
 
 
 def main():
     args, given, curves = parse()
     out, device, splits = args["out"], train.choose_device(args["device"]), None
-    first, = runs_of(given, curves[0], given["width"], 1.0, 1)
+    first = run_of(given, curves[0], given["width"])
     if train.is_text(first):            # the data tell the vocabulary, which is part of a run's identity
         splits = data.load(first, args["data_dir"], device)
         given["vocab_size"] = splits.classes
     team = Team()
+    leads, tracks = team.rank == 0, {}
     if args["plan"]:
         return print_plans(args, given, curves)
     if args["dry_run"]:
         return dry_run(args, given, curves, device)
     with open_folder(out, team.rank):
-        rows = read_rows(out) if team.rank == 0 else {}
-        tracks = read_rows(out, "track*.jsonl") if args["track"] and team.rank == 0 else {}
-        if team.rank == 0:
+        rows = read_rows(out) if leads else {}
+        if leads:
+            if args["track"]:
+                read_rows(out, "track*.jsonl")          # drops a half-written line, before more are appended
             check_folder(out, rows, given, args["track"])
             print(f"{args['preset']}: {first['model']} on {first['data']}, {len(curves)} curves, widths "
                   f"{' '.join(map(str, args['widths']))}, {args['seeds']} seeds, {first['steps']} steps, "
@@ -657,14 +667,14 @@ def main():
             print(f"{out}: {len(rows)} runs found, going on", file=sys.stderr)
         team.exchange(out, rows)
         try:
-            run_missing(args, given, curves, device, rows, tracks, team, splits)
+            run_missing(args, given, curves, device, rows, team, splits)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted: {len(rows)} finished runs are kept in {out}; "
                                     "the same command goes on") from None
         print(file=sys.stderr)
-        if team.rank != 0:
+        if not leads:
             return
-        if team.size > 1 and args["track"]:
+        if args["track"]:
             tracks = read_rows(out, "track*.jsonl")
         command = " ".join(["python", *sys.argv])
         analyze.report(out, list(rows.values()), tracks, args["stable_if"], command, curves, args["widths"],

@@ -51,7 +51,7 @@ def refused(words, script, *flags):
 # ---- flags ----
 
 BAD_FLAGS = {"sweep.py": [
-    ("--preset headlin", "choose from headline"),
+    ("--preset headlin", "choose from '?headline"),
     ("--widths", "--widths: expected at least one"),
     ("--widths 0", "width is 0"),
     ("--widths 8 -8", "width is -8"),
@@ -69,7 +69,7 @@ BAD_FLAGS = {"sweep.py": [
     ("--lrs inf", "lr is inf"),
     ("--lrs tenth", "--lrs: invalid float"),
     ("--lrs 0.1,0.2", "invalid float value: '0.1,0.2'; separate values by spaces"),
-    ("--lrs 0.1 --lr-range 0.1 1", "give one of them"),
+    ("--lrs 0.1 --lr-range 0.1 1", "argument --lr-range: not allowed with argument --lrs"),
     ("--lr 0.1", "unrecognized arguments: --lr .*did you mean --lrs"),
     ("--lr-range 1 0.1", "lower one first"),
     ("--lr-range nan 1", r"lr-range is \[nan, 1.0\]"),
