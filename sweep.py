@@ -5,10 +5,10 @@
     python sweep.py --widths 64 256 1024 --param sp mup --optimizer adam --lr-range 1e-5 1
 
 One row per run goes to <out>/runs.jsonl as soon as its stack is done; what is there is not run again, so a
-killed sweep started again goes on. analyze.py then needs nothing but those rows.
+killed sweep, started again, goes on. analyze.py needs nothing but those rows.
 
-    curve     one (loss, param, optimizer, alpha, ...): a network's settings but width, learning rate and seed
-    lattice   LRs are step^k for whole k, so grids of different widths, and extended grids, share their points
+    curve     one (loss, param, optimizer, alpha, ...); on it width, LR and seed vary
+    lattice   LRs are step^k for whole k, so that grids of all widths, also extended ones, share points
     hint      (optimum, edge) of a narrower width, where the search of a wider one begins
 """
 import analyze      # before numpy and torch: it asks for reproducible products
@@ -39,7 +39,7 @@ WIDTHS = [64, 128, 256, 512, 1024]
 WIDE = [512, 1024, 2048, 4096]          # where a few steps are all that is trained
 PAPER_WIDTHS = [256, 512, 1024, 2048, 4096]
 PAPER = dict(widths=PAPER_WIDTHS, seeds=4, hidden_layers=7, steps=937)
-GPT = dict(model="gpt", loss=["ce"], seeds=2, stable_if="best+1")
+GPT = dict(model="gpt", loss="ce", seeds=2, stable_if="best+1")
 PAPER_GPT = dict(steps=10_681, layers=6, context=512, batch_size=256, accumulate=8, warmup=700,
                  dtype="bfloat16", base_width=256)
 PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
@@ -49,7 +49,7 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
         PAPER),
     "course": (
         "logits, hidden updates and loss over the first steps: the mechanism",
-        dict(loss=["ce", "mse", "huber"], alpha=[0.5], widths=[*WIDTHS[1:], 2048],
+        dict(loss=["ce", "mse", "huber"], alpha=0.5, widths=[*WIDTHS[1:], 2048],
              hidden_layers=4, lrs=[0.1], steps=100, seeds=5, track=5),
         dict(widths=PAPER_WIDTHS, hidden_layers=7)),
     "phase": (
@@ -69,7 +69,7 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
              lr_range=[2 ** -12, 4.0])),
     "lr_transfer": (
         "loss against LR in four parameterizations, full grid (Fig. 5)",
-        dict(param=["sp", "ntp", "mup", "sp_full_align"], loss=["ce"], widths=WIDTHS[:4],
+        dict(param=["sp", "ntp", "mup", "sp_full_align"], loss="ce", widths=WIDTHS[:4],
              hidden_layers=4, search="grid", lr_range=[2 ** -5, 4.0]),
         dict(PAPER, data="mnist", lr_range=None, stable_if="accuracy")),
     "losses": (
@@ -86,16 +86,16 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
     "updates": (
         "update norms of every layer against width (Fig. 4)",
         dict(curves=[dict(alpha=0.5), dict(param="mup"), dict(param="sp_full_align")],
-             loss=["ce"], widths=WIDE, seeds=8, lrs=[0.1], steps=10, track=1),
+             loss="ce", widths=WIDE, seeds=8, lrs=[0.1], steps=10, track=1),
         dict(hidden_layers=7, steps=100, seeds=4, track=10)),
     "alignment": (
         "alignment over training (Fig. 2)",
-        dict(alpha=[0.5], loss=["ce"], hidden_layers=4, lrs=[0.1], steps=200, track=20,
+        dict(alpha=0.5, loss="ce", hidden_layers=4, lrs=[0.1], steps=200, track=20,
              alignment=True),
         dict(PAPER, data="mnist", track=50)),
     "limit": (
         "distance to the widest network, and the features' change (Proposition 2)",
-        dict(alpha=[0.5, 1.0], loss=["ce"], widths=WIDTHS[1:], lrs=[0.1], steps=100, track=10),
+        dict(alpha=[0.5, 1.0], loss="ce", widths=WIDTHS[1:], lrs=[0.1], steps=100, track=10),
         dict(PAPER, widths=[*PAPER_WIDTHS, 8192], track=50)),
     "gpt": (
         "a GPT under SGD and Adam, with and without norm gains (Fig. 6)",
@@ -108,12 +108,12 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
         dict(PAPER_GPT, widths=[256, 1024, 4096], seeds=3)),
     "gpt_small": (
         "a small grid of it; the default of --model gpt",
-        dict(GPT, widths=[32, 64, 128], steps=100, optimizer=["adam"]),
+        dict(GPT, widths=[32, 64, 128], steps=100, optimizer="adam"),
         dict(PAPER_GPT, widths=[256, 1024])),
     "gpt_updates": (
         "update norms of every tensor of a GPT against width",
-        dict(model="gpt", loss=["ce"], optimizer=["adam"], param=["sp", "mup", "sp_full_align"],
-             widths=[*WIDTHS[1:], 2048], lrs=[0.001], warmup=[0], decay="none", steps=4, track=1),
+        dict(model="gpt", loss="ce", optimizer="adam", param=["sp", "mup", "sp_full_align"],
+             widths=[*WIDTHS[1:], 2048], lrs=[0.001], warmup=0, decay="none", steps=4, track=1),
         dict(widths=PAPER_WIDTHS, base_width=256, layers=6, context=512, batch_size=64)),
 }
 COARSE = 4              # lattice steps between points of the coarse grid: a factor 4 at the default step
@@ -126,7 +126,7 @@ CPU_MEMORY = 2 ** 30    # bytes for a stack of several replicas on the CPU, and 
 # ---- which learning rates a cell still needs ----
 
 def reach_of(low, high, extensions):
-    """The lattice points up to which a grid low..high may grow."""
+    """Lattice points to which the grid low..high may grow."""
     return range(low - extensions * COARSE, high + extensions * COARSE + 1)
 
 
@@ -136,7 +136,7 @@ def lattice(args, curve):
         lrs = sorted(set(args["lrs"]))
         return dict(enumerate(lrs)), 0, len(lrs) - 1, 0
     ends = args["lr_range"] or LR_RANGE[dict(zip(CURVE, curve))["optimizer"]]
-    octaves = round(math.log2(args["lr_step"]), 12)     # sqrt(2): half an octave, not 0.5000000000000001
+    octaves = round(math.log2(args["lr_step"]), 12)     # of sqrt(2) a half, exactly
     low, high = (round(math.log2(lr) / octaves) for lr in ends)
     lr_of = {k: 2.0 ** (k * octaves) for k in reach_of(low, high, EXTENSIONS)}
     return lr_of, low, high, EXTENSIONS
@@ -147,10 +147,10 @@ def next_points(known, low, high, search, extensions, hint=None, chance=math.inf
 
     known: {k: (losses (S,), stable (S,))} of S seeds. grid: all of low..high. coarse-to-fine: every
     COARSE-th point, or a few around hint = (optimum, edge) of a narrower width; then halves of the gaps
-    beside the optimum, and of every seed's bracket of its edge, down to one step, and ever farther points
-    until the curvature around the optimum is certain (analyze.window). Where the optimum lies at an end,
-    or nothing above it is unstable for some seed, the grid grows; downwards also where all runs diverged,
-    or where those at a hint learned nothing: none is stable and below chance, a constant predictor's loss.
+    beside the optimum and at every seed's edge, and ever farther points until the curvature around the
+    optimum is certain (analyze.window). The grid grows where the optimum lies at an end, or nothing above
+    it is unstable for some seed; downwards also where all runs diverged, or none at a hint is stable and
+    below chance, a constant predictor's loss.
     """
     reach = set(reach_of(low, high, extensions))
     if search == "grid":
@@ -208,11 +208,10 @@ def optimum_and_edge(known):
 
 
 def follow(cell, column_of, criterion, search):
-    """(what the search knows, points it asks for next), the search started anew and shown only what it
-    asked for.
+    """(what the search knows, points it asks for next). column_of: {k: column of the cell}.
 
-    So it takes the same path whatever else is in the folder, and wherever it was interrupted. column_of:
-    {k: column}.
+    It starts anew and is shown only what it asked for, so that it takes the same path whatever else is in
+    the folder, and wherever it was cut.
     """
     known = {}
     while (points := search(known)) and points <= column_of.keys():
@@ -226,7 +225,7 @@ def follow(cell, column_of, criterion, search):
 
 def missing_runs(args, given, curves, rows):
     """The runs that come next: of a grid all, of a search those of every curve's narrowest unfinished
-    width; none at the end."""
+    width."""
     missing = []
     for curve in curves:
         lr_of, low, high, extensions = lattice(args, curve)
@@ -240,11 +239,12 @@ def missing_runs(args, given, curves, rows):
                 return next_points(known, low, high, args["search"], extensions, hint, cell["chance"])
 
             known, points = follow(cell, column_of, args["criterion"], search)
-            asked = [runs_of(given, curve, width, lr_of[k], args["seeds"]) for k in sorted(points)]
-            new = [run for run in sum(asked, []) if train.run_id(run) not in rows]
+            new = [run for k in sorted(points)
+                   for run in runs_of(given, curve, width, lr_of[k], args["seeds"])
+                   if train.run_id(run) not in rows]
             missing += new
             if new and args["search"] != "grid":
-                break           # wider nets wait for what is found here, which tells where to look
+                break           # what is found here tells where to look at wider nets
             if not points and any(stable.any() for _, stable in known.values()):
                 hint = optimum_and_edge(known)          # none from a cell with failed runs
     return missing
@@ -274,8 +274,7 @@ def planned_runs(args, given, curves):
 # ---- which runs train together ----
 
 def replica_size(config):
-    """(parameters, bytes of memory) of one replica: weights, optimizer state, gradients, activations and
-    batches."""
+    """(parameters, bytes of all that one replica takes while it trains)."""
     model, _, _ = train.build(config)
     rule, size = train.rule_of(config), train.weight_dtype(config).itemsize
     parameters = sum(p.numel() for p in model.parameters())
@@ -284,7 +283,7 @@ def replica_size(config):
     kept *= samples_of(config) // config["accumulate"]          # activations, about
     if rule.plain and train.network_of(config, model).descend:          # no gradients
         return parameters, weights + kept
-    # weights, their state, gradients; then a part's pass and its gradients, or the optimizer's scratch space
+    # weights, gradients, moments; then a part's pass and its gradients, or the optimizer's scratch space
     more = kept + weights * (config["accumulate"] > 1)
     scratch = 2 * weights * (rule.optimizer == "adam")
     return parameters, weights * (2 + rule.moments) + max(more, scratch)
@@ -296,11 +295,12 @@ def samples_of(config):
 
 
 def most_replicas(config, device, memory=None):
-    """(largest stack, the number of replicas that it is a multiple of), from width and device; memory: bytes
-    free on a CUDA device, asked for if absent."""
+    """(replicas of the largest stack, the unit of which it is a multiple); memory: bytes free on a CUDA
+    device, asked for if absent."""
     parameters, size = replica_size(config)
-    if memory or torch.device(device).type == "cuda":               # half of the free memory
-        return max(1, min(256, (memory or torch.cuda.mem_get_info(device)[0]) // 2 // size)), 1
+    if memory or torch.device(device).type == "cuda":
+        free = memory or torch.cuda.mem_get_info(device)[0]
+        return max(1, min(256, free // 2 // size)), 1
     if train.better_alone(config):                  # stacked attention loses on the CPU
         return 1, 1
     threads = torch.get_num_threads()               # they share a stack's products out by replicas
@@ -310,8 +310,8 @@ def most_replicas(config, device, memory=None):
 
 
 def stacks(runs, device="cpu", size="auto", shares=1, memory=None):
-    """Groups configurations into lists that `train` can take, each of at most `size` runs (auto:
-    most_replicas), and enough of them for `shares` ranks."""
+    """Lists of runs that train.train can take, each of at most `size` (auto: most_replicas), and enough
+    of them for `shares` ranks."""
     groups = {}
     for run in runs:
         shared = [run[name] for name in train.SETTINGS if name not in train.PER_REPLICA]
@@ -327,8 +327,7 @@ def stacks(runs, device="cpu", size="auto", shares=1, memory=None):
 
 
 def train_or_halve(stack, splits, device, tracked, **tracking):
-    """train.train; a stack that does not fit into memory is halved, a single run that does not becomes a
-    row saying so."""
+    """train.train; a stack that does not fit into memory is halved, a single run becomes a row saying so."""
     before = len(tracked)
     try:
         return train.train(stack, splits, device, tracked=tracked, **tracking)
@@ -351,8 +350,8 @@ def say_once(text):
 
 
 class Team:
-    """The ranks that torchrun started, which share the stacks of a round out by a counter on its store. One
-    process alone is a team of one. Ranks need a common result folder; each writes its own files in it."""
+    """The ranks that torchrun started, or one process alone. They need a common result folder, in which
+    each writes its own files."""
 
     def __init__(self):
         self.store, self.rank, self.size, self.calls = None, 0, 1, itertools.count()
@@ -364,12 +363,13 @@ class Team:
             self.store.set_timeout(datetime.timedelta(days=365))        # a rank that dies ends the others
 
     def share(self, stacks):
-        """The stacks that fall to this rank, one by one, widest first: whoever is free takes the next."""
+        """The stacks that fall to this rank, widest first: whoever is free takes the next."""
         if self.store is None:
             yield from stacks
             return
-        stacks, turn = sorted(stacks, key=lambda stack: -stack[0]["width"]), f"turn {next(self.calls)}"
-        while (i := self.store.add(turn, 1) - 1) < len(stacks):
+        stacks = sorted(stacks, key=lambda stack: -stack[0]["width"])
+        counter = f"stacks {next(self.calls)}"
+        while (i := self.store.add(counter, 1) - 1) < len(stacks):
             yield stacks[i]
 
     def meet(self):
@@ -386,18 +386,17 @@ class Team:
             self.meet()
 
 
-def run_missing(args, given, curves, device, rows, team, splits=None):
-    """Runs what is missing, round by round, and appends each stack's rows to the files and to rows."""
+def run_missing(args, given, curves, device, rows, team, load):
+    """Runs what is missing, round by round, and adds each stack's rows to the files and to rows."""
     report = progress_line(args, given, curves, rows)
     while missing := missing_runs(args, given, curves, rows):
         for stack in team.share(stacks(missing, device, args["stack"], team.size)):
-            splits = splits or data.load(stack[0], args["data_dir"], device)
             tracked = []
-            done = train_or_halve(stack, splits, device, tracked, track=args["track"],
+            done = train_or_halve(stack, load(), device, tracked, track=args["track"],
                                   alignment=args["alignment"])
-            if tracked:         # first, so that a run whose row is there is tracked
-                train.append_rows(args["out"] / rows_file("track", team.rank), tracked)
-            train.append_rows(args["out"] / rows_file("runs", team.rank), done)
+            for kind, new in (("track", tracked), ("runs", done)):      # a run whose row is there is tracked
+                if new:
+                    train.append_rows(args["out"] / rows_file(kind, team.rank), new)
             rows.update((key_of(row), row) for row in done)
             report(stack[0]["width"])
         team.exchange(args["out"], rows)
@@ -406,13 +405,12 @@ def run_missing(args, given, curves, device, rows, team, splits=None):
 # ---- the result folder, and what is said on the way ----
 
 def rows_file(kind, rank):
-    """The file into which a rank of torchrun writes its rows; rank 0's is that of a sweep without
-    torchrun."""
+    """Where a rank writes its rows; rank 0, and a sweep without torchrun, into runs.jsonl."""
     return f"{kind}-rank{rank}.jsonl" if rank else f"{kind}.jsonl"
 
 
 def open_folder(out, rank=0):
-    """A lock on this rank's file of rows: close it to let go. InputError if another sweep holds it."""
+    """A lock on this rank's file of rows, until closed. InputError if another sweep holds it."""
     train.make_folder(out)
     file = open(out / rows_file("runs", rank), "a")
     try:
@@ -423,8 +421,7 @@ def open_folder(out, rank=0):
 
 
 def check_folder(out, rows, given, track):
-    """Refuses a folder whose rows have other settings than this sweep would give them, and writes
-    config.json."""
+    """Refuses a folder with rows of other settings than this sweep's, and writes config.json."""
     def refuse(words):
         raise InputError(f"{out} holds runs with {words}; use another --out")
 
@@ -450,7 +447,7 @@ def check_folder(out, rows, given, track):
 def progress_line(args, given, curves, rows):
     """report(width) -> a line on standard error: rewritten in place on a terminal, else one a minute.
 
-    The time left goes by what runs of each width took so far; a width without any costs as its parameters do.
+    The time left goes by what runs of each width took; a width without any costs as its parameters do.
     """
     planned, before = planned_runs(args, given, curves), set(rows)
     size = {width: replica_size(runs[0])[0] for width, runs in planned.items()}
@@ -480,7 +477,7 @@ def progress_line(args, given, curves, rows):
 
 def print_plans(args, given, curves):
     """param.plan of every width, once for curves that draw and train alike."""
-    lr, *_ = args["lrs"] or train.SETTINGS["lr"]
+    lr = args["lrs"][0] if args["lrs"] else train.SETTINGS["lr"][0]
     plans = {train.plan(run_of(given, curve, width, lr)): width
              for width in args["widths"] for curve in curves}
     for table, width in plans.items():
@@ -564,8 +561,7 @@ def sweep_flags(parser):
 
 
 def parse(argv=None):
-    """(args, settings given for every run, curves); a preset replaces defaults, flags on the command line
-    replace both."""
+    """(args, settings given for every run, curves); a preset replaces defaults, flags replace both."""
     presets = "\n".join(f"  {name:12} {words}" for name, (words, _, _) in PRESETS.items())
     parser = train.Parser(description=__doc__.splitlines()[0], epilog=f"presets:\n{presets}",
                           formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -580,7 +576,7 @@ def parse(argv=None):
     if chosen.scale == "paper":
         parser.set_defaults(**of_paper)
     if chosen.lr_range:
-        parser.set_defaults(lrs=None)       # a range on the command line replaces a preset's list
+        parser.set_defaults(lrs=None)       # a range replaces a preset's list
     args = vars(parser.parse_args(argv))
     args["out"] = Path(args["out"] or default_out(name, vars(chosen)))
     check_args(args)
@@ -633,8 +629,7 @@ def check_args(args):
 
 
 def curves_of(args, given):
-    """Values of CURVE, one tuple per curve: those of the preset, crossed with the lists given, loss in the
-    innermost loop."""
+    """Values of CURVE, a tuple per curve: the preset's, crossed with the lists given, loss innermost."""
     lists = {name: as_list(args[name]) for name in CURVE[::-1] if args[name] is not None}
     runs = [train.configure({**given, **preset, **dict(zip(lists, values))})
             for preset, values in itertools.product(args["curves"], itertools.product(*lists.values()))]
@@ -643,23 +638,23 @@ def curves_of(args, given):
 
 def main():
     args, given, curves = parse()
-    out, device, splits = args["out"], train.choose_device(args["device"]), None
+    out, track, device = args["out"], args["track"], train.choose_device(args["device"])
     first = run_of(given, curves[0], given["width"])
+    load = functools.cache(lambda: data.load(first, args["data_dir"], device))
     if train.is_text(first):            # the data tell the vocabulary, which is part of a run's identity
-        splits = data.load(first, args["data_dir"], device)
-        given["vocab_size"] = splits.classes
+        given["vocab_size"] = load().classes
     team = Team()
-    leads, tracks = team.rank == 0, {}
+    leads, rows, tracks = team.rank == 0, {}, {}
     if args["plan"]:
         return print_plans(args, given, curves)
     if args["dry_run"]:
         return dry_run(args, given, curves, device)
     with open_folder(out, team.rank):
-        rows = read_rows(out) if leads else {}
         if leads:
-            if args["track"]:
-                read_rows(out, "track*.jsonl")          # drops a half-written line, before more are appended
-            check_folder(out, rows, given, args["track"])
+            rows = read_rows(out)
+            if track:
+                read_rows(out, "track*.jsonl")          # drops a half-written line before more come
+            check_folder(out, rows, given, track)
             print(f"{args['preset']}: {first['model']} on {first['data']}, {len(curves)} curves, widths "
                   f"{' '.join(map(str, args['widths']))}, {args['seeds']} seeds, {first['steps']} steps, "
                   f"{args['search']} over LRs, into {out}", file=sys.stderr)
@@ -667,18 +662,18 @@ def main():
             print(f"{out}: {len(rows)} runs found, going on", file=sys.stderr)
         team.exchange(out, rows)
         try:
-            run_missing(args, given, curves, device, rows, team, splits)
+            run_missing(args, given, curves, device, rows, team, load)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted: {len(rows)} finished runs are kept in {out}; "
                                     "the same command goes on") from None
         print(file=sys.stderr)
         if not leads:
             return
-        if args["track"]:
+        if track:
             tracks = read_rows(out, "track*.jsonl")
         command = " ".join(["python", *sys.argv])
-        analyze.report(out, list(rows.values()), tracks, args["stable_if"], command, curves, args["widths"],
-                       args["seeds"])
+        analyze.report(out, list(rows.values()), tracks, args["stable_if"], command, curves,
+                       args["widths"], args["seeds"])
     if not args["no_plots"]:
         import plots        # matplotlib takes a second to load
         try:
