@@ -168,10 +168,9 @@ def next_points(known, low, high, search, extensions, hint=None, chance=math.inf
     best, brackets = int(losses.mean(0).argmin()), analyze.edges(losses, stable)
     diverged = not (losses < analyze.DIVERGED).all(0).any()
     lost = hint and ks[0] > low and not (stable & (losses < chance)).any()
-    unbounded = any(edge is not None and above is None for edge, above in brackets)
     if best == 0 or diverged or lost:
         want.update(ks[0] - i for i in steps)
-    if not diverged and (ks[best] == ks[-1] or unbounded):
+    if not diverged and len(ks) - 1 in (best, *(edge for edge, _ in brackets)):
         want.update(ks[-1] + i for i in steps)
     want &= reach
     if want or search == "grid" or diverged:
@@ -277,16 +276,17 @@ def replica_size(config):
     """(parameters, bytes of all that one replica takes while it trains)."""
     model, _, _ = train.build(config)
     rule, size = train.rule_of(config), train.weight_dtype(config).itemsize
-    parameters = sum(p.numel() for p in model.parameters())
+    shapes = [p.shape for p in model.parameters()]
+    parameters = sum(map(math.prod, shapes))
     weights = size * parameters
-    kept = sum(sum(p.shape) for p in model.parameters()) * (2 if config["dtype"] == "bfloat16" else size)
-    kept *= samples_of(config) // config["accumulate"]          # activations, about
-    if rule.plain and train.network_of(config, model).descend:          # no gradients
-        return parameters, weights + kept
+    activations = sum(map(sum, shapes)) * (2 if config["dtype"] == "bfloat16" else size)        # about
+    activations *= samples_of(config) // config["accumulate"]
+    if rule.plain and train.network_of(config, model).descend:          # without gradients
+        return parameters, weights + activations
     # weights, gradients, moments; then a part's pass and its gradients, or the optimizer's scratch space
-    more = kept + weights * (config["accumulate"] > 1)
+    part = activations + weights * (config["accumulate"] > 1)
     scratch = 2 * weights * (rule.optimizer == "adam")
-    return parameters, weights * (2 + rule.moments) + max(more, scratch)
+    return parameters, weights * (2 + rule.moments) + max(part, scratch)
 
 
 def samples_of(config):
@@ -394,7 +394,7 @@ def run_missing(args, given, curves, device, rows, team, load):
             tracked = []
             done = train_or_halve(stack, load(), device, tracked, track=args["track"],
                                   alignment=args["alignment"])
-            for kind, new in (("track", tracked), ("runs", done)):      # a run whose row is there is tracked
+            for kind, new in (("track", tracked), ("runs", done)):      # the row last: all is there
                 if new:
                     train.append_rows(args["out"] / rows_file(kind, team.rank), new)
             rows.update((key_of(row), row) for row in done)
@@ -425,9 +425,9 @@ def check_folder(out, rows, given, track):
     def refuse(words):
         raise InputError(f"{out} holds runs with {words}; use another --out")
 
-    settled = functools.cache(lambda curve: run_of(given, curve, given["width"]))
+    expected = functools.cache(lambda curve: run_of(given, curve, given["width"]))
     for row in rows.values():
-        for name, value in settled(curve_of(row)).items():
+        for name, value in expected(curve_of(row)).items():
             if name in GRID or row.get(name, value) == value:
                 continue
             if name == "code":
@@ -459,8 +459,9 @@ def progress_line(args, given, curves, rows):
         if not terminal and now - shown < 60:
             return
         shown, done, left = now, 0, 0.0
-        took = {w: [row["seconds"] for row in rows.values() if row["width"] == w] for w in planned}
-        missing = {w: max(0, len(runs) - len(took[w])) for w, runs in planned.items()}
+        took = {w: [row["seconds"] for row in rows.values() if row["width"] == w]
+                for w in planned}
+        missing = {w: max(0, len(planned[w]) - len(took[w])) for w in planned}
         for w, more in missing.items():
             like = min((v for v in took if took[v]), key=lambda v: abs(math.log(v / w)))
             left += more * np.mean(took[like]) * size[w] / size[like]
@@ -470,7 +471,8 @@ def progress_line(args, given, curves, rows):
         left *= elapsed / sum(new) if sum(new) > 0 else 1.0
         line = (f"{done}/{done + sum(missing.values())} runs, width {width}, "
                 f"{len(new) / elapsed:.1f} runs/s, {left // 60:.0f}:{left % 60:02.0f} left")
-        print(f"\r{line:70}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+        line, end = (f"\r{line:70}", "") if terminal else (line, "\n")
+        print(line, end=end, file=sys.stderr, flush=True)
 
     return report
 
@@ -670,7 +672,7 @@ def main():
         if not leads:
             return
         if track:
-            tracks = read_rows(out, "track*.jsonl")
+            tracks = read_rows(out, "track*.jsonl", mend=False)
         command = " ".join(["python", *sys.argv])
         analyze.report(out, list(rows.values()), tracks, args["stable_if"], command, curves,
                        args["widths"], args["seeds"])
