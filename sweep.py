@@ -394,7 +394,7 @@ def run_missing(args, given, curves, device, rows, team, load):
             tracked = []
             done = train_or_halve(stack, load(), device, tracked, track=args["track"],
                                   alignment=args["alignment"])
-            for kind, new in (("track", tracked), ("runs", done)):      # the row last: all is there
+            for kind, new in (("track", tracked), ("runs", done)):      # the row says: all is there
                 if new:
                     train.append_rows(args["out"] / rows_file(kind, team.rank), new)
             rows.update((key_of(row), row) for row in done)
