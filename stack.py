@@ -232,48 +232,43 @@ def module_network(model, loss, alone=False):
 
 def mlp_network(loss, relu=True):
     """Bias-free MLP: the textbook forward and backward pass."""
+    def outputs(weights, x):        # [x, hidden activations ..., logits], each (R, B, width)
+        found = [x]
+        for w in weights:
+            found.append(torch.bmm(found[-1], w.mT))
+            if relu and w is not weights[-1]:
+                found[-1].relu_()
+        return found
+
     def forward(weights, x):
-        return mlp_outputs(weights, x, relu)[-1]
+        return outputs(weights, x)[-1]
 
-    def backward(weights, x, y):
-        *inputs, logits = mlp_outputs(weights, x, relu)
-        losses, chi = loss(logits, y)
-        return losses, logits, mlp_deltas(weights, inputs, chi.div_(y[0].numel()), relu)
-
-    def gradients(weights, x, y, out=None):
-        losses, logits, deltas = backward(weights, x, y)
-        grads = [None] * len(weights) if out is None else out
-        for l, delta, h in deltas:
-            grads[l] = torch.bmm(delta.mT, h, out=grads[l])
-        return grads, losses, logits
-
-    def descend(weights, x, y, lr):
-        losses, logits, deltas = backward(weights, x, y)
-        for l, delta, h in deltas:
-            weights[l].baddbmm_(delta.mul_(lr[l]).mT, h, alpha=-1)
+    def backward(weights, x, y, use):
+        """Calls use(layer, δ, h) from the readout down; it may change δ and the layer's W."""
+        *inputs, logits = outputs(weights, x)
+        losses, delta = loss(logits, y)
+        delta.div_(y[0].numel())
+        for l in reversed(range(len(weights))):
+            below = torch.bmm(delta, weights[l]) if l > 0 else None
+            use(l, delta, inputs[l])
+            if relu and l > 0:
+                below = torch.ops.aten.threshold_backward.default(below, inputs[l], 0)
+            delta = below
         return losses, logits
 
+    def gradients(weights, x, y, out=None):
+        grads = [None] * len(weights) if out is None else out
+
+        def keep(l, delta, h):
+            grads[l] = torch.bmm(delta.mT, h, out=grads[l])
+        return grads, *backward(weights, x, y, keep)
+
+    def descend(weights, x, y, lr):
+        def update(l, delta, h):
+            weights[l].baddbmm_(delta.mul_(lr[l]).mT, h, alpha=-1)
+        return backward(weights, x, y, update)
+
     return Network(forward, gradients, descend)
-
-
-def mlp_outputs(weights, x, relu):
-    """[x, hidden activations ..., logits], each (R, B, width of the layer)."""
-    outputs = [x]
-    for w in weights:
-        outputs.append(torch.bmm(outputs[-1], w.mT))
-        if relu and w is not weights[-1]:
-            outputs[-1].relu_()
-    return outputs
-
-
-def mlp_deltas(weights, inputs, delta, relu):
-    """Yields (layer, δ, h) from the readout down; the receiver may then change δ and the layer's W."""
-    for l in reversed(range(len(weights))):
-        below = torch.bmm(delta, weights[l]) if l > 0 else None
-        yield l, delta, inputs[l]
-        if relu and l > 0:
-            below = torch.ops.aten.threshold_backward.default(below, inputs[l], 0)
-        delta = below
 
 
 # ---- optimizers ----
