@@ -1,25 +1,25 @@
-"""Width-scaling exponents: one table, and the initial weights, learning rates and predictions
-it implies. Companion to arXiv 2505.22491 (Haas, Bordt, von Luxburg, Vankadara).
+"""Width-scaling exponents: one table, and the initial weights, learning rates and
+predictions it implies (arXiv 2505.22491: Haas, Bordt, von Luxburg, Vankadara).
 
     n, n0   width and base width; m = n / n0, also below one. All coincides at m = 1.
-    b       initialization: std = (std at n0) * m^-b
-    c       learning rate: LR = base LR * m^-(c + alpha)
-    alpha   global exponent on top of c, for every tensor
+    b       initial std = (std at n0) * m^-b
+    c       LR = base LR * m^-(c + alpha)
+    alpha   global exponent, for every tensor
     γ       Adam's ε = (ε at n0) * m^-γ
     roles   input (only fan-out grows with width), hidden (both), output (only fan-in),
             vector (biases, norm gains)
 
-The forward pass has no multipliers. By abc symmetry, a multiplier n^-a with std n^-b and
-LR n^-c trains alike under a+θ, b-θ, c-2θ (SGD) or c-θ (Adam with ε along): a = 0 is general.
+No multipliers in the forward pass. By abc symmetry, a multiplier n^-a with std n^-b and LR
+n^-c trains alike under a+θ, b-θ, c-2θ (SGD) or c-θ (Adam with ε along): a = 0 is general.
 
     base = MLP(784, 256, 3, 10)             # same architecture at the base width
     init_(model, base, "mup", generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(param_groups(model, base, "mup", "sgd", lr=0.1))
     print(plan(model, base, "mup", "sgd", lr=0.1))      # once: is anything scaled?
 
-Needs torch only; can be copied alone. Schedules: group["lr"] = schedule(step) * group["base_lr"].
-Out of scope: depth scaling, and attention logits where d_head grows with width (mup needs
-sqrt(d0)/d_head).
+Schedules: group["lr"] = schedule(step) * group["base_lr"]. Needs torch only; can be copied
+alone. Out of scope: depth scaling, and attention logits where d_head grows with width (mup
+needs sqrt(d0)/d_head).
 """
 import math
 import warnings
@@ -61,16 +61,15 @@ PARAMETERIZATIONS = {
 OPTIMIZERS = ("sgd", "adam")
 TRAINABLE = {"all": ROLES, "readout": ("output",)}
 
-# bounded: is |dloss/dlogits| bounded, whatever the logits?
-# vanishes: does it tend to zero where the softmax saturates on the wrong class?
+# Of dloss/dlogits: is it bounded, and does it vanish where softmax saturates on a wrong class?
 Loss = namedtuple("Loss", "bounded vanishes")
 LOSSES = {
-    "ce":            Loss(bounded=True, vanishes=False),
-    "mse":           Loss(bounded=False, vanishes=False),
-    "brier":         Loss(bounded=True, vanishes=True),
-    "huber":         Loss(bounded=True, vanishes=False),
-    "hinge":         Loss(bounded=True, vanishes=False),
-    "squared_hinge": Loss(bounded=False, vanishes=False),
+    "ce":            Loss(True, False),
+    "mse":           Loss(False, False),
+    "brier":         Loss(True, True),
+    "huber":         Loss(True, False),
+    "hinge":         Loss(True, False),
+    "squared_hinge": Loss(False, False),
 }
 
 
@@ -93,20 +92,19 @@ def predict(parameterization, optimizer, loss, alpha=0.0, hidden_layers=3, train
     """Width exponents under full alignment, and the regime (Propositions 1 and 2).
 
     hidden_layers counts hidden activations. trainable: "all" or "readout" (random features).
-    step 1 is the first update, from the initial readout; the backward signal of later ones
-    also passes the readout's update. ValueError on unknown names. Returns an object with
+    step 1 is the first update; later, the backward signal also passes the readout's update.
+    ValueError on unknown names. Returns an object with
 
         .effective    [layer 1, ..., readout]   ΔW x; -inf where never updated
         .propagating  [layer 2, ..., readout]   W0 Δx
         .features     [hidden activation 1, ..., hidden_layers]   Δx
-        .logits       the logits themselves, initial ones included
+        .logits       the logits, initial ones included
         .regime       "stable", "controlled divergence" or "catastrophic", of all steps
         .lower_bound  True at later steps of a catastrophic regime, where divergence feeds
                       back (mse, sp, alpha = 0: hidden updates n^1.98 at step 4, for n^1)
 
-    Effective exponents and logits carry over to a GPT. Its normalizations hand on inputs of
-    order one: growing features are not catastrophic, and the readout's propagating exponent
-    is at most 1 - b_out (sp, Adam, alpha = 0: 1/2, not 3/2).
+    In a GPT normalizations hand on inputs of order one: growing features are not
+    catastrophic, and the readout's propagating exponent is at most 1 - b_out.
     """
     e = exponents(parameterization, optimizer, alpha)
     bounded = LOSSES[_choose("loss", loss, LOSSES)].bounded
@@ -150,9 +148,8 @@ def predict(parameterization, optimizer, loss, alpha=0.0, hidden_layers=3, train
 def max_stable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainable="all"):
     """Smallest alpha whose regime is not catastrophic: the maximal stable LR falls as n^-alpha.
 
-    Proposition 1: sp, SGD, deep: 1/2 under ce, 1 under mse (Adam: 1 under both). -inf is no
-    bound, as nothing feeds back (only the readout trains, ce); data that are not separable
-    still set an edge by the loss.
+    Proposition 1: sp, SGD, deep: 1/2 under ce, 1 under mse (Adam: 1 under both). -inf: no
+    bound (only the readout trains, ce); data that are not separable still set an edge.
     """
     return _smallest_alpha(False, parameterization, optimizer, loss, hidden_layers, trainable)
 
@@ -160,9 +157,8 @@ def max_stable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainab
 def max_trainable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainable="all"):
     """Smallest alpha at which a network is stable and trains: differs under brier only.
 
-    Where its logits diverge, softmax saturates and wrong samples cease to pull (under Adam
-    below its ε), though nothing blows up. sp, SGD, deep, brier: 1, not 1/2. A derivation of
-    ours beside the paper's Proposition 1.
+    Where logits diverge, softmax saturates and wrong samples cease to pull (under Adam below
+    its ε), though nothing blows up. sp, SGD, deep, brier: 1, not 1/2. Ours, not the paper's.
     """
     return _smallest_alpha(True, parameterization, optimizer, loss, hidden_layers, trainable)
 
@@ -193,21 +189,19 @@ Scaled = namedtuple("Scaled", "name tensor role m base_std owner")
 
 # The dimensions (fan-out, fan-in), by class name, so that no package need be imported.
 _FAN_DIMS = {
-    "Linear": (0, 1), "Conv1d": (0, 1), "Conv2d": (0, 1), "Conv3d": (0, 1),
-    "Embedding": (1, 0), "EmbeddingBag": (1, 0), "Conv1D": (1, 0),      # Conv1D: transformers'
-    "ConvTranspose1d": (1, 0), "ConvTranspose2d": (1, 0), "ConvTranspose3d": (1, 0)}
+    **dict.fromkeys(("Linear", "Conv1d", "Conv2d", "Conv3d"), (0, 1)),
+    **dict.fromkeys(("Embedding", "EmbeddingBag", "Conv1D"), (1, 0)),       # transformers' Conv1D
+    **dict.fromkeys(("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"), (1, 0))}
 
 # torch.nn.utils' hooks and parametrizations that replace a weight's scale.
 _RESCALING = {"WeightNorm", "_WeightNorm", "SpectralNorm", "_SpectralNorm", "_Orthogonal"}
 
 _NOTHING_SCALES = (
-    "NOTHING SCALES: model and base have the same shapes, so every parameterization is the "
-    "standard one here. Pass the same architecture at another width as base, or, at the base "
-    "width itself, roles as overrides")
+    "NOTHING SCALES: model and base have the same shapes. Pass the same architecture at another "
+    "width as base, or, at the base width itself, roles as overrides")
 
 
-def _plain(name):
-    """A parameter's name without torch.compile's prefix."""
+def _plain(name):       # without torch.compile's prefix
     return name.replace("_orig_mod.", "")
 
 
@@ -256,9 +250,8 @@ def _refuse_rescaled(name, owner):
     found = {type(part).__name__ for part in attached} & _RESCALING
     if found:
         raise ValueError(
-            f"{name}: {found.pop().lstrip('_')} replaces the scale that init_ draws; remove it "
-            "(remove_weight_norm or remove_spectral_norm of torch.nn.utils, or "
-            "remove_parametrizations of torch.nn.utils.parametrize)")
+            f"{name}: {found.pop().lstrip('_')} replaces the scale that init_ draws; use torch.nn.utils' "
+            "remove_weight_norm or remove_spectral_norm, or parametrize.remove_parametrizations")
 
 
 def _scaled(model, base, overrides):
@@ -273,18 +266,16 @@ def _scaled(model, base, overrides):
     for name, tensor in model.named_parameters(remove_duplicate=False):
         base_tensor = base_tensors.pop(_plain(name), None)
         if base_tensor is None or base_tensor.ndim != tensor.ndim:
-            raise ValueError(
-                f"{name} {tuple(tensor.shape)} has no counterpart in base; base must be the same "
-                "architecture at another width (same depth, same names)")
+            raise ValueError(f"{name} {tuple(tensor.shape)} has no counterpart in base; pass the same "
+                             "architecture at another width (same depth, same names)")
         owner = modules[name.rpartition(".")[0]]
         _refuse_rescaled(name, owner)
         role, m = _role_and_ratio(name, tensor, base_tensor, owner, roles.pop(_plain(name), None))
         record = Scaled(name, tensor, role, m, _fan_in(base_tensor, owner) ** -0.5, owner)
         first = records.setdefault(id(tensor), record)
         if first.role != role:
-            raise ValueError(
-                f"{first.name} ({first.role}) and {name} ({role}) are one tied tensor, which has "
-                "no single role; untie them (transformers: tie_word_embeddings=False)")
+            raise ValueError(f"{first.name} ({first.role}) and {name} ({role}) are one tied tensor; "
+                             "untie them (transformers: tie_word_embeddings=False)")
     if roles or base_tensors:
         raise ValueError(f"no parameter of the model is called {', '.join([*roles, *base_tensors])}")
     if all(r.m == 1 for r in records.values()) and not overrides:
@@ -293,7 +284,7 @@ def _scaled(model, base, overrides):
 
 
 def infer_roles(model, base, overrides=None):
-    """{parameter name: role}, by comparing shapes with base, the same architecture at another width.
+    """{parameter name: role}, by shapes beside base's, the same architecture at another width.
 
     base may live on the meta device. Fan-in and fan-out are known for nn.Linear, nn.Conv*,
     one-group nn.ConvTranspose*, nn.Embedding(Bag) and transformers' Conv1D. All else is read
@@ -302,8 +293,7 @@ def infer_roles(model, base, overrides=None):
     nn.Parameter, needs its std given to init_ as well.
 
     ValueError if the architectures differ, input and output cannot be told apart, one tied
-    tensor has two roles (an embedding used as readout), or under weight_norm and its like.
-    Warns if nothing scales.
+    tensor has two roles, or under weight_norm and its like. Warns if nothing scales.
     """
     return {r.name: r.role for r in _scaled(model, base, overrides)}
 
@@ -326,15 +316,14 @@ def init_(model, base, parameterization, generator=None, zero_readout=False, gai
           std=None, overrides=None):
     """Draws every weight of model in place, N(0, std²), and returns model. Twice is as once.
 
-    std = m^-b * gain / sqrt(base fan-in), gain sqrt(2) being He's for ReLU, the readout
-    included; an embedding has fan-in 1. std={name or role: value at the base width} replaces
-    either. Biases and padding rows become 0, norm gains 1, other vectors stay. zero_readout
-    sets output weights to 0. Weights are drawn on the generator's device in the order of
-    model.named_parameters(), so a CPU generator gives the same weights anywhere.
+    std = m^-b * gain / sqrt(base fan-in); gain sqrt(2) is He's for ReLU, an embedding has
+    fan-in 1. std={name or role: value at the base width} replaces either. Biases and padding
+    rows become 0, norm gains 1, other vectors stay. Draws on the generator's device in the
+    order of model.named_parameters(): a CPU generator gives the same weights anywhere.
     """
     records = _scaled(model, base, overrides)
     if zero_readout and not any(r.role == "output" for r in records):
-        raise ValueError("zero_readout needs an output tensor, and none has that role: " + _NOTHING_SCALES)
+        raise ValueError("zero_readout needs an output tensor: " + _NOTHING_SCALES)
     for r, size in zip(records, _init_stds(records, parameterization, gain, std)):
         tensor = r.tensor.data
         if tensor.ndim > 1:
@@ -360,9 +349,8 @@ def own_stds(base):
 
 
 def rescale_(model, base, parameterization, overrides=None):
-    """Keeps the model's own initialization: scales every weight, as built, to the RMS that it
-    has in base times m^-b, and returns model. Constant tensors (zeros, ones) stay. Twice is
-    as once. base must hold its weights; at the base width nothing changes.
+    """The model's own initialization kept: scales every weight, as built, to m^-b times its RMS
+    in base, which must hold its weights, and returns model. Constant tensors stay. Twice is as once.
     """
     records = _scaled(model, base, overrides)
     now, at_base = own_stds(model), own_stds(base)
@@ -379,12 +367,9 @@ def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0, weight
 
     lr, weight_decay and eps are the values at the base width. Each group has params, names,
     role, lr and base_lr (equal), weight_decay (lr * weight_decay does not change with width)
-    and eps. role_lr={role: factor} multiplies LRs at every width (tunable; 0 freezes a role).
-
-    Weight decay is for SGD and AdamW: torch.optim.Adam adds it to the gradient, which in mup
-    shrinks with width and is outgrown by it.
-
-    m^-alpha uses the model's one width ratio, for tensors of fixed shape too; ValueError if
+    and eps. role_lr={role: factor} multiplies LRs at every width (0 freezes a role). Weight
+    decay is for SGD and AdamW: Adam adds it to gradients, which in mup shrink with width.
+    m^-alpha uses the model's one width ratio, for tensors of fixed shape too. ValueError if
     tensors disagree on it and alpha is not 0, and for unknown names.
     """
     records, role_lr = _scaled(model, base, overrides), role_lr or {}
@@ -411,9 +396,9 @@ def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0, weight
 
 def plan(model, base, parameterization, optimizer, lr, alpha=0.0, weight_decay=0.0, eps=1e-8,
          role_lr=None, gain=2 ** 0.5, overrides=None, std=None):
-    """A table to read before training: shape, role, m, init std, LR, weight decay, ε of each tensor.
+    """A table of every tensor to read before training; arguments as in init_ and param_groups.
 
-    Says so below its heading when nothing scales. Arguments as in init_ and param_groups.
+    Says so below its heading when nothing scales.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -431,6 +416,7 @@ def plan(model, base, parameterization, optimizer, lr, alpha=0.0, weight_decay=0
             f"{group['eps']:.3g}" if optimizer == "adam" else "-"))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [f"{parameterization}, {optimizer}, lr {lr:g}, alpha {alpha:g}"]
-    lines += [str(warning.message) for warning in caught[:1]]       # nothing scales
+    if any(str(warning.message) == _NOTHING_SCALES for warning in caught):
+        lines.append(_NOTHING_SCALES)
     lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     return "\n".join(lines)
