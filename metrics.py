@@ -6,7 +6,7 @@ splits the change of a layer's output in an effective and a propagating update,
     W_t x_t - W_0 x_0  =  (W_t - W_0) x_t  +  W_0 (x_t - x_0).
 
     W_0, x_0  a module's weight and input in `reference`, a copy from initialization
-    W_t, x_t  the same in `model`; dW = W_t - W_0, dx = x_t - x_0; no biases anywhere
+    W_t, x_t  the same in `model`; dW = W_t - W_0, dx = x_t - x_0; biases left out
     rms(v)    |v|_2 / sqrt(k) for v in R^k, per sample or token, averaged over them
     |W|_op    operator (spectral) norm; |W|_F Frobenius norm
     chi       dloss_i/dlogits of sample i
@@ -24,7 +24,7 @@ import copy
 import inspect
 import math
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from statistics import NormalDist
 from typing import NamedTuple
@@ -85,25 +85,21 @@ def capture(model, x):
     The weights share the parameters' memory: of a model that trains on, capture a copy.
     """
     model = _eager(model)
-    weights, rows, handles = {}, {}, []
+    weights, rows = {}, {}
 
     def keep(name, module, args, kwargs):
         weight = _weight(module)
         if weight is not None:
             weights[name] = weight
             given, *_ = *args, *kwargs.values()
-            # A copy, since what follows may work in place.
-            rows.setdefault(name, []).append(_rows(module, weight, given).clone())
+            row = _rows(module, weight, given).clone()  # what follows may work in place
+            rows.setdefault(name, []).append(row)
 
-    try:
+    with ExitStack() as hooks, _undisturbed(model) as forward, torch.no_grad():
         for name, module in model.named_modules():
             hook = partial(keep, name)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        with _undisturbed(model) as forward, torch.no_grad():
-            forward(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        forward(x)
     return {name: (weights[name], torch.cat(calls)) for name, calls in rows.items()}
 
 
@@ -191,8 +187,7 @@ def _wide(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _eager(model):
-    # Compiled code skips hooks set later and has no second derivative.
+def _eager(model):  # compiled code skips hooks set later and has no second derivative
     return getattr(model, "_orig_mod", model)
 
 
@@ -260,8 +255,8 @@ def alignment(model, reference, x, layers=None, reference_norms=None):
 def layer_statistics(model, reference, x, layers=None):
     """{module name: {"output", "output_change", "dead_inputs"}}.
 
-    The rms of W_t x_t and of W_t x_t - W_0 x_0, and the fraction of inputs that are
-    zero for every sample: of dead ReLUs before (nan for an Embedding).
+    The rms of W_t x_t and of W_t x_t - W_0 x_0; the fraction of inputs that are zero
+    for every sample, as of dead ReLUs (nan for an Embedding).
     """
     rows = {}
     for name, layer in (layers or updates(model, reference, x)).items():
@@ -346,33 +341,28 @@ def sharpness(model, loss_fn, x, y, preconditioner=None, tolerance=1e-4, max_ste
     product and keeps one vector. ValueError for a loss that is not a scalar, or a
     preconditioner that does not fit or is not positive.
     """
-    parameters, gradients = _gradients(model, loss_fn, x, y)
-    flat = _flatten(gradients)
-    scale = 1.0 if preconditioner is None else _inverse_root(preconditioner, parameters)
-    if not flat.requires_grad:  # the loss is linear in the parameters
-        return 0.0
-
-    def hessian(rows):  # (1, parameters)
-        products = torch.autograd.grad(
-            flat, list(parameters.values()), scale * rows[0], retain_graph=True, materialize_grads=True)
-        return scale * _flatten(products)[None]
-
-    return _top_eigenvalue(hessian, len(flat), flat.detach(), tolerance, max_steps, block=1)
-
-
-def _gradients(model, loss_fn, x, y):
-    """({name: trainable parameter}, their gradients, to derive once more); .grad is not touched."""
     model = _eager(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def gradient(output, *args, **kwargs):  # flat
+        return _flatten(torch.autograd.grad(
+            output, list(parameters.values()), *args, **kwargs, materialize_grads=True))
+
     # Fused attention kernels have no second derivative.
     with _undisturbed(model) as forward, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         loss = loss_fn(forward(x), y)
         if loss.ndim != 0:
             raise ValueError(
                 f"loss_fn must return a scalar, not shape {tuple(loss.shape)}: take its mean, say")
-        gradients = torch.autograd.grad(
-            loss, list(parameters.values()), create_graph=True, materialize_grads=True)
-    return parameters, gradients
+        flat = gradient(loss, create_graph=True)
+    scale = 1.0 if preconditioner is None else _inverse_root(preconditioner, parameters)
+    if not flat.requires_grad:  # the loss is linear in the parameters
+        return 0.0
+
+    def hessian(rows):  # (1, parameters)
+        return scale * gradient(flat, scale * rows[0], retain_graph=True)[None]
+
+    return _top_eigenvalue(hessian, len(flat), flat.detach(), tolerance, max_steps, block=1)
 
 
 def _inverse_root(preconditioner, parameters):
@@ -452,7 +442,7 @@ def expected_calibration_error(logits, targets, bins=15):
     _check_classes(logits, targets)
     probabilities = _wide(logits.detach()).flatten(0, -2).softmax(dim=-1)
     confidence, prediction = probabilities.max(dim=-1)  # (N,)
-    excess = (prediction == targets.flatten()).to(confidence.dtype) - confidence
+    excess = (prediction == targets.flatten()).to(confidence) - confidence
     edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=confidence.device)
     bin_of = torch.bucketize(confidence, edges[1:-1])
     sums = excess.new_zeros(bins).index_add_(0, bin_of, excess)
@@ -511,7 +501,7 @@ def t_quantile(probability, freedom):
     """Quantile of Student's t above the median: its density over atan(t / sqrt(freedom)), integrated."""
     if math.isinf(freedom):
         return NormalDist().inv_cdf(probability)
-    step = math.pi / 2 / 20_000
+    step = math.pi / 40_000
     density = (step * torch.arange(20_001, dtype=torch.float64)).cos().clamp_min(0).pow(freedom - 1)
     mass = torch.cat([density.new_zeros(1), torch.cumulative_trapezoid(density)])
     wanted = (2 * probability - 1) * mass[-1]
