@@ -93,7 +93,6 @@ def load(config, data_dir=None, device="cpu"):
     name, val_size = config["data"], config["val_size"]
     if name not in SHAPES:
         return load_text(name, config["context"], device, config["vocab_size"], val_size)
-    # bfloat16 is autocast's: weights and data stay float32
     dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
     return load_data(name, data_dir, device, dtype, config["train_size"], val_size, config["data_seed"])
 
@@ -103,15 +102,12 @@ def load_data(name, root=None, device="cpu", dtype=torch.float32,
               train_size=20_000, val_size=1_000, data_seed=0):
     """Splits of generated samples or images on the device; for text see load_text.
 
-    multi_index is generated: train_size and val_size samples from data_seed. mnist,
-    fashion_mnist and cifar10 are read from their standard files (IDX or CIFAR-10 binary, plain
-    or .gz) in root, else $DATA_DIR, else ./data, each with or without a folder of the data
-    set's name, else where Debian's dataset-fashion-mnist puts them; absent files are
-    downloaded and their MD5 checked. Pixels are shifted and scaled to the training split's
-    mean 0 and variance 1; the first val_size test samples validate.
-
-    InputError: unknown name, damaged files, files of another data set, or absent files that
-    cannot be downloaded.
+    multi_index: train_size and val_size samples from data_seed. The others: standard files
+    (IDX or CIFAR-10 binary, plain or .gz) in root, else $DATA_DIR, else ./data, each with or
+    without a folder of the data set's name, else where Debian's dataset-fashion-mnist puts
+    them, else downloaded, MD5 checked. Pixels are shifted and scaled to the training split's
+    mean 0 and variance 1; the first val_size test samples validate. InputError: unknown name,
+    damaged files, those of another data set, or absent ones that cannot be downloaded.
     """
     if name not in SHAPES:
         raise InputError(f"unknown data {name!r}; choose from {', '.join(SHAPES)}")
@@ -136,8 +132,7 @@ def multi_index(size, generator):
     return x, (z[:, 0] + z[:, 1] > z[:, 2] + z[:, 3]).long()
 
 
-# ------------------------------------------------------------------------------------------------------
-# Image files
+# ---- image files ----
 
 # files: needed, plain or .gz; md5: {file to download: its MD5}; packaged: folders of a package
 Source = namedtuple("Source", "files mirror md5 packaged")
@@ -167,12 +162,11 @@ _FIRST_LABELS = {
 
 def _read_images(name, root):
     """Training images (N, D) and labels (N,), test images and labels, uint8."""
-    folder = _locate(name, root)
+    folder, (values, classes) = _locate(name, root), SHAPES[name]
     if name == "cifar10":
         parts = [*_read_cifar(folder, _CIFAR[:5]), *_read_cifar(folder, _CIFAR[5:])]
     else:
         parts = [_read_idx(folder, file) for file in _IDX]
-    values, classes = SHAPES[name]
     for i in (0, 2):
         images, labels = parts[i:i + 2]
         if len(images) != len(labels) or len(labels) == 0:
@@ -180,9 +174,9 @@ def _read_images(name, root):
         if images[0].size != values or labels.max() >= classes:
             raise InputError(f"{folder} holds images of {images[0].size} values and labels up to "
                              f"{labels.max()}; {name} has {values} values and classes 0 to {classes - 1}")
-        parts[i] = images.reshape(len(images), values)
+        parts[i] = images.reshape(-1, values)
     found = _FIRST_LABELS.get("".join(map(str, parts[1][:32])), name)
-    if found != name and folder.name != name:       # a folder of the data set's own name is trusted
+    if found != name != folder.name:        # a folder of the data set's own name is trusted
         raise InputError(f"{folder} holds {found}, whose files have the same names; "
                          f"put those of {name} into {folder / name}, or choose data {found}")
     return parts
@@ -268,19 +262,18 @@ def _read_idx(folder, file):
 
 def _read_cifar(folder, files):
     """Images (N, 3072) and labels (N,): records of a label byte, then 3 x 32 x 32 bytes."""
-    records = []
+    contents = []
     for file in files:
         content, path = _read(folder, file)
         if len(content) == 0 or len(content) % 3073:
             raise InputError(f"{path} holds {len(content)} bytes, no multiple of 3073; "
                              "delete it to download it again")
-        records.append(np.frombuffer(content, np.uint8).reshape(-1, 3073))
-    records = np.concatenate(records)
+        contents.append(content)
+    records = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, 3073)
     return records[:, 1:], records[:, 0]
 
 
-# ------------------------------------------------------------------------------------------------------
-# Text and tokens
+# ---- text and tokens ----
 
 Piece = namedtuple("Piece", "path dtype offset count")      # count tokens from a byte offset
 
@@ -290,20 +283,18 @@ def load_text(name, context, device="cpu", vocab_size=0, val_size=64):
     """Splits(Tokens, None, x_val (V, T), y_val (V, T), classes), T = context, to predict next tokens.
 
     stdlib: the sources of Python's own standard library, as bytes. Else a path: text files as
-    bytes (256 tokens), nanoGPT's .bin of uint16, or llm.c's shards; several in a folder, but
-    for hidden ones. Only these are read: the windows asked for, the largest token of .bin
-    files if vocab_size is 0, and val_size windows spread evenly over the validation files.
-
-    InputError: no such path, damaged files, too few tokens for a window, a token outside the
-    vocabulary.
+    bytes (256 tokens), nanoGPT's .bin of uint16, or llm.c's shards; all of a folder but hidden
+    ones. Only these are read: the windows asked for, the largest token of .bin files if
+    vocab_size is 0, and val_size windows spread evenly over the validation files. InputError:
+    no such path, damaged files, too few tokens for a window, a token outside the vocabulary.
     """
     train, val = ([piece for piece in pieces if piece.count] for pieces in _text_pieces(name))
     for words, pieces in (("train", train), ("validate", val)):
         count = sum(piece.count for piece in pieces)
         if count <= context:
             raise InputError(f"{name} holds {count} tokens to {words} on; context {context} needs more "
-                             "(of a folder every tenth text file validates, "
-                             "or the .bin files with val in their names)")
+                             "(of a folder every tenth text file validates, or .bin files "
+                             "with val in their names)")
     if not vocab_size:
         is_text = all(piece.dtype == "u1" for piece in train + val)
         vocab_size = 256 if is_text else 1 + max(int(_map(piece).max()) for piece in train + val)
@@ -385,12 +376,12 @@ def _text_pieces(name):
 
 def _text_files(folder, stdlib):
     """The files below a folder that hold anything, sorted, without any in hidden folders."""
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"} if stdlib else set()
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"} if stdlib else ()
 
     def belongs(file):
         parts = file.relative_to(folder).parts      # the folder itself may be hidden
-        hidden = any(part.startswith(".") for part in parts)
-        return not hidden and not skipped & set(parts) and file.is_file() and file.stat().st_size
+        left_out = any(part.startswith(".") or part in skipped for part in parts)
+        return not left_out and file.is_file() and file.stat().st_size
 
     return sorted(filter(belongs, folder.rglob("*.py" if stdlib else "*")))
 
@@ -402,13 +393,12 @@ def _piece(path):
     size = path.stat().st_size
     if path.suffix != ".bin":
         return Piece(path, "u1", 0, size)
-    header = np.fromfile(path, "<i4", 256)
-    if len(header) and header[0] in (20240520, 20240801):       # the latter: shards of uint32
-        right = len(header) == 256 and header[:2].tolist() == [20240520, 1]
-        if not right or size != 1024 + 2 * int(header[2]):
-            raise InputError(f"{path} has the header {header[:3].tolist()} and {size} bytes; "
+    header = np.fromfile(path, "<i4", 256).tolist()
+    if header and header[0] in (20240520, 20240801):        # the latter: shards of uint32
+        if len(header) < 256 or header[:2] != [20240520, 1] or size != 1024 + 2 * header[2]:
+            raise InputError(f"{path} has the header {header[:3]} and {size} bytes; "
                              "a shard of uint16 tokens has 20240520, 1, count, and 1024 + 2 count bytes")
-        return Piece(path, "<u2", 1024, int(header[2]))
+        return Piece(path, "<u2", 1024, header[2])
     if size % 2:
         raise InputError(f"{path} holds {size} bytes; a .bin file of uint16 tokens has an even number")
     return Piece(path, "<u2", 0, size // 2)

@@ -37,8 +37,8 @@ ACTIVATIONS = {"relu": torch.relu, "identity": lambda x: x}
 class MLP(nn.Module):
     """d_in -> width -> ... -> width -> d_out; x (B, ...) -> logits (B, d_out).
 
-    hidden_layers counts hidden activations: 1 is the "2-layer MLP", 7 the paper's 8-layer MLP.
-    activation "identity" gives the deep linear net. ValueError on another, or a size below one.
+    hidden_layers counts hidden activations: 7 is the paper's 8-layer MLP. activation
+    "identity" gives the deep linear net. ValueError on another, or a size below one.
     """
 
     def __init__(self, d_in, width, hidden_layers, d_out, activation="relu", bias=False):
@@ -53,10 +53,9 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(*fans, bias=bias) for fans in zip(sizes, sizes[1:]))
 
     def forward(self, x):
-        activate = ACTIVATIONS[self.activation]
         x = x.flatten(1)  # (B, d_in)
         for layer in self.layers[:-1]:
-            x = activate(layer(x))  # (B, width)
+            x = ACTIVATIONS[self.activation](layer(x))  # (B, width)
         return self.layers[-1](x)  # (B, d_out)
 
 
@@ -65,8 +64,7 @@ class GPT(nn.Module):
 
     norm_affine: every LayerNorm has gains (never biases). qk_norm: q and k are normalized over
     each head, with gains that all heads share. ValueError if head_dim does not divide width or
-    is no multiple of 8 (a quarter of it turns in pairs), for a size below one, and for more
-    tokens than context.
+    is no multiple of 8, for a size below one, and for more tokens than context.
     """
 
     def __init__(self, vocab_size, width, layers, context, head_dim=32, norm_affine=True, qk_norm=True):
@@ -131,7 +129,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)  # (B, T, H, K)
         q = rotate(self.norm_q(q), cos, sin).type_as(v)  # under autocast norms give float32
         k = rotate(self.norm_k(k), cos, sin).type_as(v)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, K)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -182,7 +180,7 @@ class Source(NamedTuple):
 
 @functools.cache
 def load(spec):
-    """The Source of "FILE.py:FUNCTION", read once. ValueError: there is none, or what it raises."""
+    """The Source of "FILE.py:FUNCTION", read once. ValueError: there is none, or it raises."""
     file, _, name = spec.rpartition(":")
     path = Path(file).resolve()
     if not path.is_file():
@@ -196,9 +194,9 @@ def load(spec):
             if part != "__main__" and loaded and Path(loaded).resolve() != beside:
                 raise ImportError(f"{beside.name} bears the name of {loaded}, loaded before; rename it")
         sys.path.append(str(path.parent))
-        module_spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
-        module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
+        found = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
+        module = sys.modules[found.name] = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise ValueError(f"model is {spec!r}, and {file} has no function {name!r}; "
@@ -207,8 +205,8 @@ def load(spec):
     if not (isinstance(roles, dict) or callable(roles)):
         raise ValueError(f"roles in {file} is a {type(roles).__name__}; it must be a dict, or a "
                          "function of a parameter's name")
-    digest = hashlib.sha256(b"".join(files[part].read_bytes() for part in sorted(files))).hexdigest()
-    return Source(path, getattr(module, name), roles, digest[:16])
+    content = b"".join(files[part].read_bytes() for part in sorted(files))
+    return Source(path, getattr(module, name), roles, hashlib.sha256(content).hexdigest()[:16])
 
 
 @contextlib.contextmanager

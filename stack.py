@@ -1,9 +1,8 @@
 """Many runs as one: networks of one shape, each with its own weights and learning rates.
 
-A sweep is hundreds of small runs that differ in learning rate and seed, and small kernels
-leave a machine idle. Here R such runs are one stack: weights (R, *shape), batches (R, B, ...),
-one batched product per layer, a learning rate per replica and tensor. Each replica trains as
-torch.optim would train it alone, to rounding.
+Small kernels leave a machine idle. Here R small runs are one stack: weights (R, *shape),
+batches (R, B, ...), one batched product per layer, a learning rate per replica and tensor.
+Each replica trains as torch.optim would train it alone, to rounding.
 
     R replicas   B batch size   C classes   h inputs of a layer   δ = dloss/d(W h)
     χ = dloss_i/dlogits of a sample i
@@ -96,8 +95,8 @@ def _variance(p):
 def _smooth_constant(function, p, **options):
     """Minimizes a smooth convex loss by L-BFGS over the constant logits z."""
     z, classes = torch.zeros_like(p).requires_grad_(), torch.arange(len(p), device=p.device)
-    solver = torch.optim.LBFGS([z], max_iter=500, tolerance_grad=1e-10, tolerance_change=0.0,
-                               line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        [z], max_iter=500, tolerance_grad=1e-10, tolerance_change=0.0, line_search_fn="strong_wolfe")
 
     def expected():
         losses, chi = function(z.detach().expand(len(p), -1), classes, **options)
@@ -142,10 +141,10 @@ SCRATCH = ("grads", "calls")        # steps make it anew where it is missing
 def make(model, initial, lr, weight_decay=0.0, eps=1e-8, moments=0, device="cpu", dtype=torch.float32):
     """The stack of R = len(initial) replicas of a model.
 
-    initial: an iterable of R lists of weights, in the order of model.parameters(), or indices
-    of an earlier replica that starts with the same. lr, weight_decay, eps: a number, or one
-    per replica, each a number or {parameter name: number}. moments: optimizer state per
-    weight, 0 for plain SGD, 1 for momentum, 2 for AdamW.
+    initial: R lists of weights, in the order of model.parameters(), or indices of earlier
+    replicas that start with the same. lr, weight_decay, eps: a number, or one per replica,
+    each a number or {parameter name: number}. moments: 0 for plain SGD, 1 for momentum, 2
+    for AdamW.
     """
     parameters, kind = dict(model.named_parameters()), {"dtype": dtype, "device": device}
     count = len(lr) if isinstance(lr, (list, tuple)) else len(initial)
@@ -295,8 +294,8 @@ def advance(stack, x, y, network, rule, step=0, factor=1.0, parts=1, accuracy=Fa
     """One optimizer step of every replica on x (R, B, ...), y (R, B, ...), in place; from step 0.
 
     Returns means over the batch before the step: [loss (R,)], with accuracy [loss, accuracy].
-    factor multiplies every LR (a schedule). parts: parts of the batch (gradient accumulation).
-    average(tensors): averages gradients and means over processes, in place.
+    factor: of every LR (a schedule). parts: parts of the batch (gradient accumulation).
+    average(tensors): averages over processes, in place.
     """
     if network.descend and rule.plain and parts == 1 and average is None:
         lr = stack["lr"] if factor == 1 else [factor * lr for lr in stack["lr"]]
