@@ -61,9 +61,9 @@ def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0, base_width
         f, ntk, loss   (steps + 1, ...): before every step and after the last; nan once diverged
         diverged_at    (...): first step whose loss, without noise, is not finite; -1 if none
 
-    To first order f changes by -lr χ ntk; at base_width 1, ntk is the paper's λ for ntp, mup,
-    and sp with alpha = 1. width = math.inf is the limit: f ~ N(0, x²) or 0 at first, a fixed
-    ntk unless P > 0. ValueError where there is none (sp needs alpha >= 1), or on an unknown name.
+    At base_width 1, ntk is the paper's λ for ntp, mup, and sp with alpha = 1. width =
+    math.inf is the limit: f ~ N(0, x²) or 0 at first, a fixed ntk unless P > 0. ValueError
+    where there is none (sp needs alpha >= 1), or on an unknown name.
     """
     powers = width_exponents(parameterization, alpha)
     if width == math.inf and max(powers) > 0:
@@ -85,7 +85,7 @@ def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0, base_width
     ntk[0] = x * x * (size_v * v2 + base_width * size_u * u2)
     for step in range(steps):       # χ is the state: f, rounded, would rest at an unstable y
         error, kernel = chi[step], ntk[step]
-        now = lr * (1.0 if schedule is None else schedule(step))
+        now = lr if schedule is None else lr * schedule(step)
         a = 1 - now * decay
         g = now * (error - label_noise * noise[step] if label_noise else error)
         square, pg = a * a, p * g
@@ -163,7 +163,7 @@ def ntk_exponent(parameterization, alpha=0.0):
 
 
 def bracket(width, steps, seeds, label_noise, warmup):
-    """Logs, (S,) each, of the largest stable LR below the first unstable one, and of that one.
+    """Logs (S,) of the largest stable LR below the first unstable one, and (S,) of that one.
 
     nan beyond LRS. Only divergence is unstable: a late catapult raises the loss for a while.
     """
@@ -173,7 +173,7 @@ def bracket(width, steps, seeds, label_noise, warmup):
     lrs = torch.tensor(LRS, dtype=torch.float64)[:, None]
     path = linear_net(width, lrs, steps, "sp", torch.arange(seeds), schedule=schedule,
                       label_noise=label_noise)
-    first = (path.diverged_at < 0).int().cumprod(0).sum(0).numpy()  # stable LRs below it
+    first = (path.diverged_at < 0).int().cumprod(0).sum(0).numpy()      # stable LRs below it
     padded = np.array([math.nan, *np.log(LRS), math.nan])
     return padded[first], padded[first + 1]
 
@@ -243,9 +243,9 @@ def one_step(widths, parameterization, alpha, seeds=32, lr=0.5):
 
 
 def measure(widths, steps, seeds, label_noise):
-    """Yields (kind, entry), one after the other."""
-    for warmup, exponent in WARMUPS:
-        yield "edges", stability_edge(widths, steps, seeds, label_noise, warmup, exponent)
+    """Yields (kind, entry)."""
+    for warmup in WARMUPS:
+        yield "edges", stability_edge(widths, steps, seeds, label_noise, *warmup)
     for parameterization in ("mup", "ntp"):
         for entry in distances(widths, parameterization):
             yield "distance", entry

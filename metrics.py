@@ -119,7 +119,8 @@ def _weight(module):
         return weight.flatten()
     if forward is nn.Conv2d.forward:
         zeros = module.padding_mode == "zeros" and module.padding != "same"
-        return weight.flatten(1) if zeros and module.groups == 1 else None  # (C_out, C_in kh kw)
+        plain = zeros and module.groups == 1
+        return weight.flatten(1) if plain else None  # (C_out, C_in kh kw)
     if type(module).__name__ == "Conv1D" and weight.ndim == 2:
         return weight.T  # transformers': (in, out)
     return weight if _is_rms_norm(module) else None
@@ -219,7 +220,7 @@ def refined_coordinate_check(model, reference, x, layers=None):
     return {name: {
         "effective": _rms(layer.effective),
         "propagating": _rms(layer.propagating),
-        "input": math.nan if layer.dx is None else _rms(layer.x),
+        "input": _rms(layer.x),
         "input_change": _rms(layer.dx),
     } for name, layer in (layers or updates(model, reference, x)).items()}
 
@@ -294,7 +295,7 @@ def _check_classes(logits, targets):
 
 
 def _rms(rows):
-    if rows is None:
+    if rows is None or not rows.is_floating_point():  # an Embedding's
         return math.nan
     return (rows.norm(dim=-1).mean() / math.sqrt(rows.shape[-1])).item()
 
@@ -498,11 +499,12 @@ def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=Fa
 
 @cache
 def t_quantile(probability, freedom):
-    """Quantile of Student's t above the median: its density over atan(t / sqrt(freedom)), integrated."""
+    """Quantile of Student's t above the median, by integrating over atan(t / sqrt(freedom))."""
     if math.isinf(freedom):
         return NormalDist().inv_cdf(probability)
     step = math.pi / 40_000
-    density = (step * torch.arange(20_001, dtype=torch.float64)).cos().clamp_min(0).pow(freedom - 1)
+    angles = step * torch.arange(20_001, dtype=torch.float64)
+    density = angles.cos().clamp_min(0).pow(freedom - 1)
     mass = torch.cat([density.new_zeros(1), torch.cumulative_trapezoid(density)])
     wanted = (2 * probability - 1) * mass[-1]
     at = torch.searchsorted(mass, wanted)

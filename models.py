@@ -44,7 +44,8 @@ class MLP(nn.Module):
     def __init__(self, d_in, width, hidden_layers, d_out, activation="relu", bias=False):
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"unknown activation {activation!r}; "
+                             f"choose from {', '.join(ACTIVATIONS)}")
         sizes = [d_in] + [width] * hidden_layers + [d_out]
         if min(sizes) < 1 or hidden_layers < 1:
             raise ValueError(f"MLP sizes must be at least one: d_in {d_in}, width {width}, "
@@ -139,7 +140,7 @@ def layer_norm(size, affine):
 
 
 def rotate(x, cos, sin):
-    """x (B, T, H, K), entries i, i + r of every head at t turned by t θ_i; cos, sin (T, 1, r)."""
+    """x (B, T, H, K), entries i, i + r of each head turned by t θ_i; cos, sin (T, 1, r)."""
     r = cos.shape[-1]
     a, b, rest = x.split((r, r, x.shape[-1] - 2 * r), dim=-1)  # split's backward is one copy
     return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1).type_as(x)
@@ -150,7 +151,7 @@ _ROTARY_TABLES = {}
 
 
 def rotary_table(context, dims, device, dtype):
-    """cos and sin (context, 1, dims / 2) of the angles t θ_i, θ_i = 10000^(-2i / dims); made once."""
+    """cos, sin (context, 1, dims / 2) of the angles t θ_i, θ_i = 10000^(-2i / dims); made once."""
     key = context, dims, device, dtype
     if key not in _ROTARY_TABLES:
         with torch.inference_mode(False):  # a table made in it could never be trained with
@@ -211,7 +212,7 @@ def load(spec):
 
 @contextlib.contextmanager
 def _blaming(path):
-    """What a file raises becomes a ValueError of one line, which names the line in that file."""
+    """What a file raises becomes a ValueError of one line, with the line in that file."""
     try:
         yield
     except Exception as error:
@@ -224,10 +225,9 @@ def _blaming(path):
 
 
 def own(spec, width, shape):
-    """The network that a file builds, as it initializes it, in evaluation mode.
-
-    An output with .logits (transformers') is unwrapped. ValueError: what the file raises, and
-    what a stack of replicas cannot train (state outside the weights).
+    """The network that a file builds, as it initializes it, in evaluation mode; outputs with
+    .logits (transformers') are unwrapped. ValueError: what the file raises, and what a stack
+    of replicas cannot train (state outside the weights).
     """
     source = load(spec)
     with _blaming(source.path):
@@ -239,7 +239,7 @@ def own(spec, width, shape):
         kind = f"{name or 'the model'} is a {type(module).__name__}"
         if getattr(module, "running_mean", None) is not None:
             raise ValueError(f"{kind}, whose running statistics all replicas of a stack would share; "
-                             "use LayerNorm or GroupNorm, or track_running_stats=False")
+                             "use LayerNorm, GroupNorm or track_running_stats=False")
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ValueError(f"{kind} with p = {module.p}, which draws other numbers in a stack "
                              "than alone; build the model with p = 0")
