@@ -241,7 +241,8 @@ def _role_and_ratio(name, tensor, base_tensor, owner, role):
     largest = max(scaling, default=1.0, key=lambda ratio: abs(math.log(ratio)))
     if tensor.ndim <= 1 or role == "vector":
         return role, largest
-    m = ratios[(dims or (0, 1))[role != "input"]]
+    fan_out, fan_in = dims or (0, 1)
+    m = ratios[fan_out if role == "input" else fan_in]
     return role, largest if dims is None and m == 1 else m
 
 
