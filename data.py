@@ -76,8 +76,8 @@ class Splits(NamedTuple):
     def batch(self, index):
         """(x, y) of samples index (R, B): rows (R, B, D) and their labels (R, B).
 
-        Of text: windows (R, B, T) that begin at those tokens, and the tokens after each.
-        index lies on the data's device, for text on the CPU.
+        Of text: windows (R, B, T) that begin at those tokens, and the tokens
+        after each. index lies on the data's device, for text on the CPU.
         """
         if self.y is not None:
             return F.embedding(index, self.x), self.y[index]    # x[index] takes twice as long
@@ -93,6 +93,7 @@ def load(config, data_dir=None, device="cpu"):
     name, val_size = config["data"], config["val_size"]
     if name not in SHAPES:
         return load_text(name, config["context"], device, config["vocab_size"], val_size)
+    # bfloat16 is autocast's: data stay float32
     dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
     return load_data(name, data_dir, device, dtype, config["train_size"], val_size, config["data_seed"])
 
@@ -102,12 +103,14 @@ def load_data(name, root=None, device="cpu", dtype=torch.float32,
               train_size=20_000, val_size=1_000, data_seed=0):
     """Splits of generated samples or images on the device; for text see load_text.
 
-    multi_index: train_size and val_size samples from data_seed. The others: standard files
-    (IDX or CIFAR-10 binary, plain or .gz) in root, else $DATA_DIR, else ./data, each with or
-    without a folder of the data set's name, else where Debian's dataset-fashion-mnist puts
-    them, else downloaded, MD5 checked. Pixels are shifted and scaled to the training split's
-    mean 0 and variance 1; the first val_size test samples validate. InputError: unknown name,
-    damaged files, those of another data set, or absent ones that cannot be downloaded.
+    multi_index: train_size and val_size samples from data_seed. The others:
+    standard files (IDX or CIFAR-10 binary, plain or .gz) in root, else
+    $DATA_DIR, else ./data, each with or without a folder of the data set's
+    name, else where Debian's dataset-fashion-mnist puts them, else downloaded,
+    MD5 checked. Pixels are shifted and scaled to the training split's mean 0
+    and variance 1; the first val_size test samples validate. InputError:
+    unknown name, damaged files, those of another data set, or absent ones that
+    cannot be downloaded.
     """
     if name not in SHAPES:
         raise InputError(f"unknown data {name!r}; choose from {', '.join(SHAPES)}")
@@ -176,7 +179,7 @@ def _read_images(name, root):
                              f"{labels.max()}; {name} has {values} values and classes 0 to {classes - 1}")
         parts[i] = images.reshape(-1, values)
     found = _FIRST_LABELS.get("".join(map(str, parts[1][:32])), name)
-    if found != name != folder.name:        # a folder of the data set's own name is trusted
+    if found != name and folder.name != name:       # a folder of its own name is trusted
         raise InputError(f"{folder} holds {found}, whose files have the same names; "
                          f"put those of {name} into {folder / name}, or choose data {found}")
     return parts
@@ -282,11 +285,12 @@ Piece = namedtuple("Piece", "path dtype offset count")      # count tokens from 
 def load_text(name, context, device="cpu", vocab_size=0, val_size=64):
     """Splits(Tokens, None, x_val (V, T), y_val (V, T), classes), T = context, to predict next tokens.
 
-    stdlib: the sources of Python's own standard library, as bytes. Else a path: text files as
-    bytes (256 tokens), nanoGPT's .bin of uint16, or llm.c's shards; all of a folder but hidden
-    ones. Only these are read: the windows asked for, the largest token of .bin files if
-    vocab_size is 0, and val_size windows spread evenly over the validation files. InputError:
-    no such path, damaged files, too few tokens for a window, a token outside the vocabulary.
+    stdlib: the sources of Python's own standard library, as bytes. Else a path:
+    text files as bytes (256 tokens), nanoGPT's .bin of uint16, or llm.c's
+    shards; all of a folder but hidden ones. Only these are read: the windows
+    asked for, the largest token of .bin files if vocab_size is 0, and val_size
+    windows spread evenly over the validation files. InputError: no such path,
+    damaged files, too few tokens for a window, a token outside the vocabulary.
     """
     train, val = ([piece for piece in pieces if piece.count] for pieces in _text_pieces(name))
     for words, pieces in (("train", train), ("validate", val)):
@@ -355,8 +359,8 @@ def _map(piece):
 def _text_pieces(name):
     """(pieces to train on, pieces to validate on).
 
-    Of a single file the last tenth validates; of a folder every tenth file, or of one with
-    .bin files those with "val" in their names.
+    Of a single file the last tenth validates; of a folder every tenth file, or
+    of one with .bin files those with "val" in their names.
     """
     path = Path(sysconfig.get_paths()["stdlib"] if name == "stdlib" else name)
     if path.is_file():
@@ -387,8 +391,8 @@ def _text_files(folder, stdlib):
 
 
 def _piece(path):
-    """One file of tokens: bytes, or .bin as llm.c writes them (256 int32: 20240520, 1, count; then
-    uint16) or nanoGPT (uint16 alone).
+    """One file of tokens: bytes; .bin as of llm.c (256 int32: 20240520, 1, count;
+    then uint16) or nanoGPT (uint16 alone).
     """
     size = path.stat().st_size
     if path.suffix != ".bin":

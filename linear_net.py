@@ -53,17 +53,19 @@ def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0, base_width
                weight_decay=0.0, schedule=None, label_noise=0.0, f0=None):
     """The trajectory, in float64 on the CPU.
 
-    lr (at base_width, times m^-alpha), seed and weight_decay broadcast to a shape (...).
-    schedule(step) multiplies the LR, from step 0; lr * weight_decay does not change with
-    width. label_noise: standard deviation of noise added to y anew at every step. f0
-    replaces the initial f that seed draws. Returns
+    lr (at base_width, times m^-alpha), seed and weight_decay broadcast to a
+    shape (...). schedule(step) multiplies the LR, from step 0; lr *
+    weight_decay does not change with width. label_noise: standard deviation of
+    noise added to y anew at every step. f0 replaces the initial f that seed
+    draws. Returns
 
         f, ntk, loss   (steps + 1, ...): before every step and after the last; nan once diverged
         diverged_at    (...): first step whose loss, without noise, is not finite; -1 if none
 
-    At base_width 1, ntk is the paper's λ for ntp, mup, and sp with alpha = 1. width =
-    math.inf is the limit: f ~ N(0, x²) or 0 at first, a fixed ntk unless P > 0. ValueError
-    where there is none (sp needs alpha >= 1), or on an unknown name.
+    At base_width 1, ntk is the paper's λ for ntp, mup, and sp with alpha = 1.
+    width = math.inf is the limit: f ~ N(0, x²) or 0 at first, a fixed ntk
+    unless P > 0. ValueError where there is none (sp needs alpha >= 1), or on an
+    unknown name.
     """
     powers = width_exponents(parameterization, alpha)
     if width == math.inf and max(powers) > 0:
@@ -116,8 +118,8 @@ def draw(width, seed, steps):
 # ---- exponents with intervals ----
 
 def t_quantile(freedom, level=0.95):
-    """t with P(|T| < t) = level for Student's T, to 1e-4 relative, from the density
-    ∝ cos(θ)^(freedom - 1) of the angle θ = atan(T / √freedom).
+    """t with P(|T| < t) = level for Student's T, to 1e-4 relative, from the
+    density ∝ cos(θ)^(freedom - 1) of the angle θ = atan(T / √freedom).
     """
     edges = np.linspace(0, math.pi / 2, 10_001)
     middles = (edges[1:] + edges[:-1]) / 2
@@ -129,9 +131,10 @@ def t_quantile(freedom, level=0.95):
 def fit_exponent(widths, logs, step=0.0):
     """(slope, [low, high]) of logs (S, W), of S seeds, against log width; 95 % interval.
 
-    Least squares on the means over seeds: slope = Σ w mean has variance (s²/S + step²/12) Σ w².
-    s²: variance over seeds, pooled within widths; step: spacing of the grid that logs lie on;
-    Student's t has W (S - 1) degrees of freedom. nan where there is none.
+    Least squares on the means over seeds: slope = Σ w mean has variance (s²/S +
+    step²/12) Σ w². s²: variance over seeds, pooled within widths; step: spacing
+    of the grid that logs lie on; Student's t has W (S - 1) degrees of freedom.
+    nan where there is none.
     """
     seeds, count = logs.shape
     slope, none = math.nan, [math.nan, math.nan]
@@ -181,8 +184,9 @@ def bracket(width, steps, seeds, label_noise, warmup):
 def stability_edge(widths, steps, seeds, label_noise, warmup, exponent):
     """Largest stable LR of SP against width, after warmup * m^exponent steps of linear warmup.
 
-    With noise, χ grows as soon as lr λ > 2 and λ falls while the LR rises: the LR's growth per
-    step stays bounded. Without noise χ is too small by then, and the LR itself counts.
+    With noise, χ grows as soon as lr λ > 2 and λ falls while the LR rises: the
+    LR's growth per step stays bounded. Without noise χ is too small by then,
+    and the LR itself counts.
     """
     growth = exponent if label_noise else 0.0
     flags, brackets = [], []

@@ -1,7 +1,8 @@
 """Measurements of width scaling: modules and tensors in, floats out.
 
-The refined coordinate check of arXiv 2505.22491 (Haas, Bordt, von Luxburg, Vankadara)
-splits the change of a layer's output in an effective and a propagating update,
+The refined coordinate check of arXiv 2505.22491 (Haas, Bordt, von Luxburg,
+Vankadara) splits the change of a layer's output in an effective and a
+propagating update,
 
     W_t x_t - W_0 x_0  =  (W_t - W_0) x_t  +  W_0 (x_t - x_0).
 
@@ -15,10 +16,11 @@ splits the change of a layer's output in an effective and a propagating update,
     ...  # training
     print(refined_coordinate_check(model, reference, x))
 
-Measured are nn.Linear, Embedding, LayerNorm, RMSNorm, Conv2d, transformers' Conv1D and
-other packages' RMSNorms, in any module that takes model(x), in evaluation mode. Modes,
-buffers, RNG, .grad and hooks stay as they were. A diverged model gives nan. Needs
-torch >= 2.4 only; can be copied alone. Out of scope: attention scores, sharded models.
+Measured are nn.Linear, Embedding, LayerNorm, RMSNorm, Conv2d, transformers'
+Conv1D and other packages' RMSNorms, in any module that takes model(x), in
+evaluation mode. Modes, buffers, RNG, .grad and hooks stay as they were. A
+diverged model gives nan. Needs torch >= 2.4 only; can be copied alone. Out of
+scope: attention scores, sharded models.
 """
 import copy
 import inspect
@@ -51,9 +53,9 @@ def updates(model, reference, x):
     """{module name: Layer}, for the measurements below to share.
 
     Products with dW and dx in float32 or wider: differences of outputs lose the
-    digits of small updates. Warns of modules with parameters that are not measured.
-    ValueError where the models differ in modules, shapes or number of calls.
-    reference: a model, or capture(reference, x).
+    digits of small updates. Warns of modules with parameters that are not
+    measured. ValueError where the models differ in modules, shapes or number of
+    calls. reference: a model, or capture(reference, x).
     """
     model = _eager(model)
     now = capture(model, x)
@@ -106,8 +108,8 @@ def capture(model, x):
 def _weight(module):
     """What multiplies _rows(module, ...); None if the output, bias aside, is not that.
 
-    The class's forward tells the kind: a subclass may compute something else. Your own
-    class goes here and, if its input is no plain vector, into _rows.
+    The class's forward tells the kind: a subclass may compute something else.
+    Your own class goes here and, if its input is no plain vector, into _rows.
     """
     weight, forward = getattr(module, "weight", None), type(module).forward
     if not isinstance(weight, Tensor):
@@ -188,7 +190,7 @@ def _wide(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _eager(model):  # compiled code skips hooks set later and has no second derivative
+def _eager(model):  # compiled code skips later hooks and has no second derivative
     return getattr(model, "_orig_mod", model)
 
 
@@ -213,9 +215,10 @@ def _undisturbed(model):
 def refined_coordinate_check(model, reference, x, layers=None):
     """{module name: {"effective", "propagating", "input", "input_change"}}.
 
-    The rms of dW x_t, W_0 dx, x_t and dx: torch-module-monitor's `.weight` norms over
-    sqrt(fan_out), sqrt(fan_in). The input is what the weight multiplies. An Embedding
-    has an effective update only, else nan. `layers`: updates(model, reference, x).
+    The rms of dW x_t, W_0 dx, x_t and dx: torch-module-monitor's `.weight`
+    norms over sqrt(fan_out), sqrt(fan_in). The input is what the weight
+    multiplies. An Embedding has an effective update only, else nan. `layers`:
+    updates(model, reference, x).
     """
     return {name: {
         "effective": _rms(layer.effective),
@@ -230,10 +233,10 @@ def alignment(model, reference, x, layers=None, reference_norms=None):
 
         |dW x_t| / (|dW|_F |x_t|),  |dW x_t| / (|dW|_op |x_t|),  |W_0 dx| / (|W_0|_op |dx|)
 
-    averaged over samples. Zero denominators do not count; nan where all are: dW = 0
-    at initialization, dx = 0 in the first layer. An Embedding's inputs are one-hot,
-    |x_t| = 1, and do not change: nan. `reference_norms`: a dict, {} at first, that
-    keeps each |W_0|_op.
+    averaged over samples. Zero denominators do not count; nan where all are: dW
+    = 0 at initialization, dx = 0 in the first layer. An Embedding's inputs are
+    one-hot, |x_t| = 1, and do not change: nan. `reference_norms`: a dict, {} at
+    first, that keeps each |W_0|_op.
     """
     norms, rows = {} if reference_norms is None else reference_norms, {}
     for name, layer in (layers or updates(model, reference, x)).items():
@@ -256,8 +259,8 @@ def alignment(model, reference, x, layers=None, reference_norms=None):
 def layer_statistics(model, reference, x, layers=None):
     """{module name: {"output", "output_change", "dead_inputs"}}.
 
-    The rms of W_t x_t and of W_t x_t - W_0 x_0; the fraction of inputs that are zero
-    for every sample, as of dead ReLUs (nan for an Embedding).
+    The rms of W_t x_t and of W_t x_t - W_0 x_0; the fraction of inputs that are
+    zero for every sample, as of dead ReLUs (nan for an Embedding).
     """
     rows = {}
     for name, layer in (layers or updates(model, reference, x)).items():
@@ -273,8 +276,8 @@ def layer_statistics(model, reference, x, layers=None):
 def logit_statistics(logits, targets, loss_fn):
     """{"rms", "margin", "chi"} of logits (..., K) at class indices (...), sample means.
 
-    margin: true logit minus the largest other. chi: rms over classes. loss_fn(logits,
-    targets) is the mean of loss_i.
+    margin: true logit minus the largest other. chi: rms over classes.
+    loss_fn(logits, targets) is the mean of loss_i.
     """
     _check_classes(logits, targets)
     logits = _wide(logits.detach()).requires_grad_()
@@ -309,11 +312,12 @@ def _mean_ratio(numerator, denominator):
 # ---- largest eigenvalues: operator norm and sharpness ----
 
 def operator_norm(weight, tolerance=1e-3, max_steps=300):
-    """Largest singular value of a matrix, to 1e-3 relative or better; never a full SVD.
+    """Largest singular value of a matrix, to 1e-3 relative or better; never an SVD.
 
     Block Lanczos on the smaller of W^T W, W W^T until the residual is below
-    `tolerance` relative. Deterministic. A vector stands for a diagonal matrix (gains);
-    more dimensions are flattened to (fan_out, rest). nan where W is not finite.
+    `tolerance` relative. Deterministic. A vector stands for a diagonal matrix
+    (gains); more dimensions are flattened to (fan_out, rest). nan where W is
+    not finite.
     """
     weight = _wide(weight.detach())
     scale = weight.abs().max()
@@ -336,11 +340,11 @@ def operator_norm(weight, tolerance=1e-3, max_steps=300):
 def sharpness(model, loss_fn, x, y, preconditioner=None, tolerance=1e-4, max_steps=200):
     """Largest (most positive) Hessian eigenvalue of the scalar loss_fn(model(x), y).
 
-    Over the trainable parameters. With `preconditioner` P > 0, {name: tensor} or a
-    list in their order, that of P^-1/2 H P^-1/2; for Adam P = sqrt(v / (1 - beta2^t))
-    + eps (Cohen et al., arXiv 2207.14484). A step of Lanczos is one Hessian-vector
-    product and keeps one vector. ValueError for a loss that is not a scalar, or a
-    preconditioner that does not fit or is not positive.
+    Over the trainable parameters. With `preconditioner` P > 0, {name: tensor}
+    or a list in their order, that of P^-1/2 H P^-1/2; for Adam P = sqrt(v / (1
+    - beta2^t)) + eps (Cohen et al., arXiv 2207.14484). A step of Lanczos is one
+    Hessian-vector product and keeps one vector. ValueError for a loss that is
+    not a scalar, or a preconditioner that does not fit or is not positive.
     """
     model = _eager(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -367,14 +371,14 @@ def sharpness(model, loss_fn, x, y, preconditioner=None, tolerance=1e-4, max_ste
 
 
 def _inverse_root(preconditioner, parameters):
-    """P^-1/2, flattened in the order of the parameters."""
+    """P^-1/2, flat, in the order of the parameters."""
     if not isinstance(preconditioner, dict):
         preconditioner = dict(zip(parameters, preconditioner))
     for name, parameter in parameters.items():
         entry, shape = preconditioner.get(name), parameter.shape
         if entry is None or entry.shape != shape or not (entry > 0).all():
-            raise ValueError(
-                f"preconditioner of {name!r} must be a positive tensor of shape {tuple(shape)}")
+            raise ValueError(f"preconditioner of {name!r} must be a positive tensor "
+                             f"of shape {tuple(shape)}")
     return _flatten(preconditioner[name].detach() for name in parameters).rsqrt()
 
 
@@ -385,10 +389,11 @@ def _flatten(tensors):
 def _top_eigenvalue(multiply, n, like, tolerance, max_steps, block):
     """Largest eigenvalue of a symmetric map A on R^n, multiply(rows (b, n)) -> (b, n).
 
-    Block Lanczos, reorthogonalised: V (k, n), of orthonormal rows, grows by A times
-    its newest block. The top eigenvalue of T = V A V^T, eigenvector s, is off one of
-    A's by at most the residual |L^T s_newest|, where L Q is what the newest block's
-    image has outside V. Read every fourth row: that is a transfer from the device.
+    Block Lanczos, reorthogonalised: V (k, n), of orthonormal rows, grows by A
+    times its newest block. The top eigenvalue of T = V A V^T, eigenvector s, is
+    off one of A's by at most the residual |L^T s_newest|, where L Q is what the
+    newest block's image has outside V. Read every fourth row: that is a
+    transfer from the device.
     """
     generator = torch.Generator(like.device).manual_seed(0)
     noise = partial(torch.randn, generator=generator, device=like.device, dtype=like.dtype)
@@ -453,8 +458,9 @@ def expected_calibration_error(logits, targets, bins=15):
 def fit_exponent(widths, values):
     """(slope, intercept) of least squares on natural logs: exp(intercept) * widths**slope.
 
-    values (W,), or (S, W) for S seeds: the line is fitted to their mean log. ValueError
-    for values not finite and positive, or fewer than two distinct widths.
+    values (W,), or (S, W) for S seeds: the line is fitted to their mean log.
+    ValueError for values not finite and positive, or fewer than two distinct
+    widths.
     """
     log_n, logs = _logs(widths, values)
     slope = _slope_weights(log_n) @ logs.mean(dim=0)
@@ -464,13 +470,15 @@ def fit_exponent(widths, values):
 def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=False):
     """Interval (low, high) of fit_exponent's slope, for values (S, W) of S seeds.
 
-    Student's t on the slope's variance, sum_w c_w^2 (s_w^2 / S + log(resolution_w)^2 / 12),
-    c its weights. s_w^2: variance at a width, of residuals from the means of width and
-    seed, so that what a seed does at every width alike counts for nothing; degrees of
-    freedom by Welch and Satterthwaite, as widths may not be equally noisy. equal_noise: one
-    variance for all widths, (S-1) (W-1) degrees, narrower where seeds are few. One seed:
-    residuals from the line, W-2. (nan, nan) where no degree is left and the values are
-    exact. resolution: factor between neighbours of the values' grid, a number or (W,).
+    Student's t on the slope's variance, sum_w c_w^2 (s_w^2 / S +
+    log(resolution_w)^2 / 12), c its weights. s_w^2: variance at a width, of
+    residuals from the means of width and seed, so that what a seed does at
+    every width alike counts for nothing; degrees of freedom by Welch and
+    Satterthwaite, as widths may not be equally noisy. equal_noise: one variance
+    for all widths, (S-1) (W-1) degrees, narrower where seeds are few. One seed:
+    residuals from the line, W-2. (nan, nan) where no degree is left and the
+    values are exact. resolution: factor between neighbours of the values' grid,
+    a number or (W,).
     """
     log_n, logs = _logs(widths, values)
     weights, (seeds, count), mean = _slope_weights(log_n), logs.shape, logs.mean(dim=0)

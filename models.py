@@ -8,9 +8,9 @@
 
     B, T   batch, tokens    D   width    V   vocabulary    H   heads    K   head_dim, D = H K
 
-Initial weights are those of torch.nn until `param.init_` draws them; the meta device skips
-the first draw. Needs torch only; can be copied alone. Not included: dropout, caches for
-generation, biases and tied weights in GPT.
+Initial weights are those of torch.nn until `param.init_` draws them; the meta
+device skips the first draw. Needs torch only; can be copied alone. Not
+included: dropout, caches for generation, biases and tied weights in GPT.
 
     model = MLP(784, width=512, hidden_layers=3, d_out=10)
     model = GPT(vocab_size=256, width=256, layers=4, context=128)
@@ -37,8 +37,9 @@ ACTIVATIONS = {"relu": torch.relu, "identity": lambda x: x}
 class MLP(nn.Module):
     """d_in -> width -> ... -> width -> d_out; x (B, ...) -> logits (B, d_out).
 
-    hidden_layers counts hidden activations: 7 is the paper's 8-layer MLP. activation
-    "identity" gives the deep linear net. ValueError on another, or a size below one.
+    hidden_layers counts hidden activations: 7 is the paper's 8-layer MLP.
+    activation "identity" gives the deep linear net. ValueError on another, or a
+    size below one.
     """
 
     def __init__(self, d_in, width, hidden_layers, d_out, activation="relu", bias=False):
@@ -63,9 +64,10 @@ class MLP(nn.Module):
 class GPT(nn.Module):
     """Decoder of `layers` blocks; tokens (B, T) with T <= context -> logits (B, T, V).
 
-    norm_affine: every LayerNorm has gains (never biases). qk_norm: q and k are normalized over
-    each head, with gains that all heads share. ValueError if head_dim does not divide width or
-    is no multiple of 8, for a size below one, and for more tokens than context.
+    norm_affine: every LayerNorm has gains (never biases). qk_norm: q and k are
+    normalized over each head, with gains that all heads share. ValueError if
+    head_dim does not divide width or is no multiple of 8, for a size below one,
+    and for more tokens than context.
     """
 
     def __init__(self, vocab_size, width, layers, context, head_dim=32, norm_affine=True, qk_norm=True):
@@ -165,8 +167,9 @@ def rotary_table(context, dims, device, dtype):
 # ---- networks of your own: "FILE.py:FUNCTION" names build(width) or build(width, shape) ----
 
 class Shape(NamedTuple):
-    """What the data ask of a network: floats (B, inputs) -> logits (B, classes), or of text,
-    token ids (B, inputs) -> logits (B, inputs, classes)."""
+    """What the data ask of a network: floats (B, inputs) -> logits (B,
+    classes), or of text, token ids (B, inputs) -> logits (B, inputs,
+    classes)."""
     inputs: int
     classes: int
     text: bool
@@ -225,9 +228,10 @@ def _blaming(path):
 
 
 def own(spec, width, shape):
-    """The network that a file builds, as it initializes it, in evaluation mode; outputs with
-    .logits (transformers') are unwrapped. ValueError: what the file raises, and what a stack
-    of replicas cannot train (state outside the weights).
+    """The network that a file builds, as it initializes it, in evaluation mode;
+    outputs with .logits (transformers') are unwrapped. ValueError: what the
+    file raises, and what a stack of replicas cannot train (state outside the
+    weights).
     """
     source = load(spec)
     with _blaming(source.path):
@@ -275,8 +279,8 @@ def own_shapes(spec, width, shape):
 
 
 def put(model, weights):
-    """The model with these tensors as its parameters, in their order: no copy, of any device
-    and dtype, in every place where a tied one is used."""
+    """The model with these tensors as its parameters, in their order: no copy,
+    of any device and dtype, in every place where a tied one is used."""
     new = {id(old): nn.Parameter(w) for old, w in zip(model.parameters(), weights)}
     for module in model.modules():
         module._parameters.update({name: new[id(old)] for name, old in module._parameters.items()

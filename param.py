@@ -1,5 +1,6 @@
-"""Width-scaling exponents: one table, and the initial weights, learning rates and
-predictions it implies (arXiv 2505.22491: Haas, Bordt, von Luxburg, Vankadara).
+"""Width-scaling exponents: one table, and the initial weights, learning rates
+and predictions it implies (arXiv 2505.22491: Haas, Bordt, von Luxburg,
+Vankadara).
 
     n, n0   width and base width; m = n / n0, also below one. All coincides at m = 1.
     b       initial std = (std at n0) * m^-b
@@ -9,17 +10,18 @@ predictions it implies (arXiv 2505.22491: Haas, Bordt, von Luxburg, Vankadara).
     roles   input (only fan-out grows with width), hidden (both), output (only fan-in),
             vector (biases, norm gains)
 
-No multipliers in the forward pass. By abc symmetry, a multiplier n^-a with std n^-b and LR
-n^-c trains alike under a+θ, b-θ, c-2θ (SGD) or c-θ (Adam with ε along): a = 0 is general.
+No multipliers in the forward pass. By abc symmetry, a multiplier n^-a with std
+n^-b and LR n^-c trains alike under a+θ, b-θ, c-2θ (SGD) or c-θ (Adam with ε
+along): a = 0 is general.
 
     base = MLP(784, 256, 3, 10)             # same architecture at the base width
     init_(model, base, "mup", generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(param_groups(model, base, "mup", "sgd", lr=0.1))
     print(plan(model, base, "mup", "sgd", lr=0.1))      # once: is anything scaled?
 
-Schedules: group["lr"] = schedule(step) * group["base_lr"]. Needs torch only; can be copied
-alone. Out of scope: depth scaling, and attention logits where d_head grows with width (mup
-needs sqrt(d0)/d_head).
+Schedules: group["lr"] = schedule(step) * group["base_lr"]. Needs torch only;
+can be copied alone. Out of scope: depth scaling, and attention logits where
+d_head grows with width (mup needs sqrt(d0)/d_head).
 """
 import math
 import warnings
@@ -91,9 +93,10 @@ def exponents(parameterization, optimizer, alpha=0.0):
 def predict(parameterization, optimizer, loss, alpha=0.0, hidden_layers=3, trainable="all", step=1):
     """Width exponents under full alignment, and the regime (Propositions 1 and 2).
 
-    hidden_layers counts hidden activations. trainable: "all" or "readout" (random features).
-    step 1 is the first update; later, the backward signal also passes the readout's update.
-    ValueError on unknown names. Returns an object with
+    hidden_layers counts hidden activations. trainable: "all" or "readout"
+    (random features). step 1 is the first update; later, the backward signal
+    also passes the readout's update. ValueError on unknown names. Returns an
+    object with
 
         .effective    [layer 1, ..., readout]   ΔW x; -inf where never updated
         .propagating  [layer 2, ..., readout]   W0 Δx
@@ -103,8 +106,9 @@ def predict(parameterization, optimizer, loss, alpha=0.0, hidden_layers=3, train
         .lower_bound  True at later steps of a catastrophic regime, where divergence feeds
                       back (mse, sp, alpha = 0: hidden updates n^1.98 at step 4, for n^1)
 
-    In a GPT normalizations hand on inputs of order one: growing features are not
-    catastrophic, and the readout's propagating exponent is at most 1 - b_out.
+    In a GPT normalizations hand on inputs of order one: growing features are
+    not catastrophic, and the readout's propagating exponent is at most 1 -
+    b_out.
     """
     e = exponents(parameterization, optimizer, alpha)
     bounded = LOSSES[_choose("loss", loss, LOSSES)].bounded
@@ -148,8 +152,9 @@ def predict(parameterization, optimizer, loss, alpha=0.0, hidden_layers=3, train
 def max_stable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainable="all"):
     """Smallest alpha whose regime is not catastrophic: the maximal stable LR falls as n^-alpha.
 
-    Proposition 1: sp, SGD, deep: 1/2 under ce, 1 under mse (Adam: 1 under both). -inf: no
-    bound (only the readout trains, ce); data that are not separable still set an edge.
+    Proposition 1: sp, SGD, deep: 1/2 under ce, 1 under mse (Adam: 1 under
+    both). -inf: no bound (only the readout trains, ce); data that are not
+    separable still set an edge.
     """
     return _smallest_alpha(False, parameterization, optimizer, loss, hidden_layers, trainable)
 
@@ -157,8 +162,9 @@ def max_stable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainab
 def max_trainable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainable="all"):
     """Smallest alpha at which a network is stable and trains: differs under brier only.
 
-    Where logits diverge, softmax saturates and wrong samples cease to pull (under Adam below
-    its ε), though nothing blows up. sp, SGD, deep, brier: 1, not 1/2. Ours, not the paper's.
+    Where logits diverge, softmax saturates and wrong samples cease to pull
+    (under Adam below its ε), though nothing blows up. sp, SGD, deep, brier: 1,
+    not 1/2. Ours, not the paper's.
     """
     return _smallest_alpha(True, parameterization, optimizer, loss, hidden_layers, trainable)
 
@@ -287,14 +293,16 @@ def _scaled(model, base, overrides):
 def infer_roles(model, base, overrides=None):
     """{parameter name: role}, by shapes beside base's, the same architecture at another width.
 
-    base may live on the meta device. Fan-in and fan-out are known for nn.Linear, nn.Conv*,
-    one-group nn.ConvTranspose*, nn.Embedding(Bag) and transformers' Conv1D. All else is read
-    as (fan_out, fan_in, ...): hidden where two dimensions scale; where one does, give
-    overrides={name: role}. A matrix stored the other way round, or a table that is a bare
-    nn.Parameter, needs its std given to init_ as well.
+    base may live on the meta device. Fan-in and fan-out are known for
+    nn.Linear, nn.Conv*, one-group nn.ConvTranspose*, nn.Embedding(Bag) and
+    transformers' Conv1D. All else is read as (fan_out, fan_in, ...): hidden
+    where two dimensions scale; where one does, give overrides={name: role}. A
+    matrix stored the other way round, or a table that is a bare nn.Parameter,
+    needs its std given to init_ as well.
 
-    ValueError if the architectures differ, input and output cannot be told apart, one tied
-    tensor has two roles, or under weight_norm and its like. Warns if nothing scales.
+    ValueError if the architectures differ, input and output cannot be told
+    apart, one tied tensor has two roles, or under weight_norm and its like.
+    Warns if nothing scales.
     """
     return {r.name: r.role for r in _scaled(model, base, overrides)}
 
@@ -317,10 +325,11 @@ def init_(model, base, parameterization, generator=None, zero_readout=False, gai
           std=None, overrides=None):
     """Draws every weight of model in place, N(0, std²), and returns model. Twice is as once.
 
-    std = m^-b * gain / sqrt(base fan-in); gain sqrt(2) is He's for ReLU, an embedding has
-    fan-in 1. std={name or role: value at the base width} replaces either. Biases and padding
-    rows become 0, norm gains 1, other vectors stay. Draws on the generator's device in the
-    order of model.named_parameters(): a CPU generator gives the same weights anywhere.
+    std = m^-b * gain / sqrt(base fan-in); gain sqrt(2) is He's for ReLU, an
+    embedding has fan-in 1. std={name or role: value at the base width} replaces
+    either. Biases and padding rows become 0, norm gains 1, other vectors stay.
+    Draws on the generator's device in the order of model.named_parameters(): a
+    CPU generator gives the same weights anywhere.
     """
     records = _scaled(model, base, overrides)
     if zero_readout and not any(r.role == "output" for r in records):
@@ -350,8 +359,9 @@ def own_stds(base):
 
 
 def rescale_(model, base, parameterization, overrides=None):
-    """The model's own initialization kept: scales every weight, as built, to m^-b times its RMS
-    in base, which must hold its weights, and returns model. Constant tensors stay. Twice is as once.
+    """The model's own initialization kept: scales every weight, as built, to
+    m^-b times its RMS in base, which must hold its weights, and returns model.
+    Constant tensors stay. Twice is as once.
     """
     records = _scaled(model, base, overrides)
     now, at_base = own_stds(model), own_stds(base)
@@ -366,11 +376,12 @@ def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0, weight
                  role_lr=None, overrides=None):
     """Parameter groups for torch.optim, one per role and width ratio. Plain numbers, no tags.
 
-    lr, weight_decay and eps are the values at the base width. Each group has params, names,
-    role, lr and base_lr (equal), weight_decay (lr * weight_decay does not change with width)
-    and eps. role_lr={role: factor} multiplies LRs at every width (0 freezes a role). Weight
-    decay is for SGD and AdamW: Adam adds it to gradients, which in mup shrink with width.
-    m^-alpha uses the model's one width ratio, for tensors of fixed shape too. ValueError if
+    lr, weight_decay and eps are the values at the base width. Each group has
+    params, names, role, lr and base_lr (equal), weight_decay (lr * weight_decay
+    does not change with width) and eps. role_lr={role: factor} multiplies LRs
+    at every width (0 freezes a role). Weight decay is for SGD and AdamW: Adam
+    adds it to gradients, which in mup shrink with width. m^-alpha uses the
+    model's one width ratio, for tensors of fixed shape too. ValueError if
     tensors disagree on it and alpha is not 0, and for unknown names.
     """
     records, role_lr = _scaled(model, base, overrides), role_lr or {}

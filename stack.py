@@ -1,8 +1,9 @@
 """Many runs as one: networks of one shape, each with its own weights and learning rates.
 
-Small kernels leave a machine idle. Here R small runs are one stack: weights (R, *shape),
-batches (R, B, ...), one batched product per layer, a learning rate per replica and tensor.
-Each replica trains as torch.optim would train it alone, to rounding.
+Small kernels leave a machine idle. Here R small runs are one stack: weights (R,
+*shape), batches (R, B, ...), one batched product per layer, a learning rate per
+replica and tensor. Each replica trains as torch.optim would train it alone, to
+rounding.
 
     R replicas   B batch size   C classes   h inputs of a layer   δ = dloss/d(W h)
     χ = dloss_i/dlogits of a sample i
@@ -15,10 +16,11 @@ Each replica trains as torch.optim would train it alone, to rounding.
         loss, = advance(runs, x, y, network, rule, step)    # x (R, B, ...), y (R, B) -> (R,)
     logits = network.forward(runs["weights"], x)            # (R, B, C)
 
-Replicas that diverged leave by `drop_`. A bias-free MLP has a backward pass written out
-(`mlp_network`), with plain SGD fused into its products: W <- W - lr δᵀh. Needs torch only;
-can be copied alone. Out of scope: dropout and BatchNorm, which need state; CUDA graphs
-(`advance` waits for no value, but x, y, factor and step would have to be tensors that stay).
+Replicas that diverged leave by `drop_`. A bias-free MLP has a backward pass
+written out (`mlp_network`), with plain SGD fused into its products: W <- W - lr
+δᵀh. Needs torch only; can be copied alone. Out of scope: dropout and BatchNorm,
+which need state; CUDA graphs (`advance` waits for no value, but x, y, factor
+and step would have to be tensors that stay).
 """
 import math
 from collections import namedtuple
@@ -62,8 +64,8 @@ def brier(logits, targets):
 
 
 def huber(logits, targets, delta=1.0):
-    """Of the errors e: e²/2 within delta, delta (|e| - delta/2) beyond; mean over classes
-    (torch's huber_loss)."""
+    """Of the errors e: e²/2 within delta, delta (|e| - delta/2) beyond; mean
+    over classes (torch's huber_loss)."""
     error = _error(logits, targets)
     inner = error.clamp(-delta, delta)
     return (inner * (error - inner / 2)).mean(-1), inner / logits.shape[-1]
@@ -108,8 +110,8 @@ def _smooth_constant(function, p, **options):
 
 
 def _hinge_constant(p):
-    """The hinge's linear program has a whole-numbered solution, of larger logits for more
-    frequent classes: from 0, raise the best number of the most frequent by one while it helps."""
+    """Its linear program has a whole-numbered solution, larger for more frequent
+    classes: from 0, raise the best number of the most frequent while it helps."""
     p = p.sort(descending=True).values
     raises, classes = torch.ones(len(p), len(p)).tril().to(p), torch.arange(len(p), device=p.device)
     z, lowest = torch.zeros_like(p), math.inf
@@ -141,10 +143,10 @@ SCRATCH = ("grads", "calls")        # steps make it anew where it is missing
 def make(model, initial, lr, weight_decay=0.0, eps=1e-8, moments=0, device="cpu", dtype=torch.float32):
     """The stack of R = len(initial) replicas of a model.
 
-    initial: R lists of weights, in the order of model.parameters(), or indices of earlier
-    replicas that start with the same. lr, weight_decay, eps: a number, or one per replica,
-    each a number or {parameter name: number}. moments: 0 for plain SGD, 1 for momentum, 2
-    for AdamW.
+    initial: R lists of weights, in the order of model.parameters(), or indices
+    of earlier replicas that start with the same. lr, weight_decay, eps: a
+    number, or one per replica, each a number or {parameter name: number}.
+    moments: 0 for plain SGD, 1 for momentum, 2 for AdamW.
     """
     parameters, kind = dict(model.named_parameters()), {"dtype": dtype, "device": device}
     count = len(lr) if isinstance(lr, (list, tuple)) else len(initial)
@@ -167,8 +169,7 @@ def make(model, initial, lr, weight_decay=0.0, eps=1e-8, moments=0, device="cpu"
     return stack
 
 
-def state(stack):
-    """What must be kept to go on."""
+def state(stack):       # what must be kept to go on
     return {key: tensors for key, tensors in stack.items() if key not in SCRATCH}
 
 
@@ -183,7 +184,7 @@ def drop_(stack, stays):
             tensors[i] = tensor[stays]
 
 
-# ---- networks: how a stack's logits and gradients are computed ----
+# ---- networks: a stack's logits and gradients ----
 
 # forward(weights, x) -> logits (R, B, ..., C)
 # gradients(weights, x, y, out) -> gradients [(R, *shape)] of mean losses, loss per sample
@@ -193,8 +194,8 @@ Network = namedtuple("Network", "forward gradients descend", defaults=(None,))
 
 
 def module_network(model, loss, alone=False):
-    """Any module: autograd through vmap. alone: a single replica runs without it, which keeps
-    fast attention."""
+    """Any module: autograd through vmap. alone: a single replica runs without
+    it, which keeps fast attention."""
     names = [name for name, _ in model.named_parameters()]
     slots = [(i, module._parameters, key) for i, w in enumerate(model.parameters())
              for module in model.modules() for key, p in module._parameters.items()
@@ -293,9 +294,10 @@ class Rule(NamedTuple):
 def advance(stack, x, y, network, rule, step=0, factor=1.0, parts=1, accuracy=False, average=None):
     """One optimizer step of every replica on x (R, B, ...), y (R, B, ...), in place; from step 0.
 
-    Returns means over the batch before the step: [loss (R,)], with accuracy [loss, accuracy].
-    factor: of every LR (a schedule). parts: parts of the batch (gradient accumulation).
-    average(tensors): averages over processes, in place.
+    Returns means over the batch before the step: [loss (R,)], with accuracy
+    [loss, accuracy]. factor: of every LR (a schedule). parts: parts of the
+    batch (gradient accumulation). average(tensors): averages over processes, in
+    place.
     """
     if network.descend and rule.plain and parts == 1 and average is None:
         lr = stack["lr"] if factor == 1 else [factor * lr for lr in stack["lr"]]
@@ -345,8 +347,8 @@ def update_(stack, grads, rule, factor, step):
 
 
 def fused_adamw_(stack, grads, rule, factor, step):
-    """AdamW by torch's fused kernel: it reads memory once, but takes one LR a call, so one
-    call for all that share theirs."""
+    """AdamW by torch's fused kernel: it reads memory once, but takes one LR a
+    call, so one call for all that share theirs."""
     if "calls" not in stack:
         stack["calls"] = _fused_calls(stack)
     count, grads = torch.tensor(step + 1.0), [g.contiguous().unbind() for g in grads]
