@@ -131,10 +131,9 @@ def t_quantile(freedom, level=0.95):
 def fit_exponent(widths, logs, step=0.0):
     """(slope, [low, high]) of logs (S, W), of S seeds, against log width; 95 % interval.
 
-    Least squares on the means over seeds: slope = Σ w mean has variance (s²/S +
-    step²/12) Σ w². s²: variance over seeds, pooled within widths; step: spacing
-    of the grid that logs lie on; Student's t has W (S - 1) degrees of freedom.
-    nan where there is none.
+    Least squares on the means over seeds: slope = Σ w mean has variance
+    (s²/S + step²/12) Σ w². s²: variance over seeds, pooled within widths; step:
+    spacing of the logs' grid; W (S - 1) degrees of freedom. nan where there is none.
     """
     seeds, count = logs.shape
     slope, none = math.nan, [math.nan, math.nan]

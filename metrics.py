@@ -233,8 +233,8 @@ def alignment(model, reference, x, layers=None, reference_norms=None):
 
         |dW x_t| / (|dW|_F |x_t|),  |dW x_t| / (|dW|_op |x_t|),  |W_0 dx| / (|W_0|_op |dx|)
 
-    averaged over samples. Zero denominators do not count; nan where all are: dW
-    = 0 at initialization, dx = 0 in the first layer. An Embedding's inputs are
+    averaged over samples. Zero denominators do not count; nan where all are, as
+    at initialization or for dx in the first layer. An Embedding's inputs are
     one-hot, |x_t| = 1, and do not change: nan. `reference_norms`: a dict, {} at
     first, that keeps each |W_0|_op.
     """
@@ -312,7 +312,7 @@ def _mean_ratio(numerator, denominator):
 # ---- largest eigenvalues: operator norm and sharpness ----
 
 def operator_norm(weight, tolerance=1e-3, max_steps=300):
-    """Largest singular value of a matrix, to 1e-3 relative or better; never an SVD.
+    """Largest singular value of a matrix, to 1e-3 relative or better; never a full SVD.
 
     Block Lanczos on the smaller of W^T W, W W^T until the residual is below
     `tolerance` relative. Deterministic. A vector stands for a diagonal matrix
@@ -341,10 +341,11 @@ def sharpness(model, loss_fn, x, y, preconditioner=None, tolerance=1e-4, max_ste
     """Largest (most positive) Hessian eigenvalue of the scalar loss_fn(model(x), y).
 
     Over the trainable parameters. With `preconditioner` P > 0, {name: tensor}
-    or a list in their order, that of P^-1/2 H P^-1/2; for Adam P = sqrt(v / (1
-    - beta2^t)) + eps (Cohen et al., arXiv 2207.14484). A step of Lanczos is one
-    Hessian-vector product and keeps one vector. ValueError for a loss that is
-    not a scalar, or a preconditioner that does not fit or is not positive.
+    or a list in their order, that of P^-1/2 H P^-1/2; for Adam
+    P = sqrt(v / (1 - beta2^t)) + eps (Cohen et al., arXiv 2207.14484). Lanczos
+    until the residual is below `tolerance` relative; a step is one product with
+    the Hessian and keeps one vector. ValueError for a loss that is not a
+    scalar, or a preconditioner that does not fit or is not positive.
     """
     model = _eager(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -470,15 +471,14 @@ def fit_exponent(widths, values):
 def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=False):
     """Interval (low, high) of fit_exponent's slope, for values (S, W) of S seeds.
 
-    Student's t on the slope's variance, sum_w c_w^2 (s_w^2 / S +
-    log(resolution_w)^2 / 12), c its weights. s_w^2: variance at a width, of
-    residuals from the means of width and seed, so that what a seed does at
-    every width alike counts for nothing; degrees of freedom by Welch and
-    Satterthwaite, as widths may not be equally noisy. equal_noise: one variance
-    for all widths, (S-1) (W-1) degrees, narrower where seeds are few. One seed:
-    residuals from the line, W-2. (nan, nan) where no degree is left and the
-    values are exact. resolution: factor between neighbours of the values' grid,
-    a number or (W,).
+    Student's t on the slope's variance, sum_w c_w^2 (s_w^2 / S + log(resolution_w)^2 / 12),
+    c its weights. s_w^2: variance at a width, of residuals from the means of
+    width and seed, so that what a seed does at every width alike counts for
+    nothing; degrees of freedom by Welch and Satterthwaite, as widths may not be
+    equally noisy. equal_noise: one variance for all widths, (S-1) (W-1)
+    degrees, narrower where seeds are few. One seed: residuals from the line,
+    W-2. (nan, nan) where no degree is left and the values are exact.
+    resolution: factor between neighbours of the values' grid, a number or (W,).
     """
     log_n, logs = _logs(widths, values)
     weights, (seeds, count), mean = _slope_weights(log_n), logs.shape, logs.mean(dim=0)

@@ -167,9 +167,8 @@ def rotary_table(context, dims, device, dtype):
 # ---- networks of your own: "FILE.py:FUNCTION" names build(width) or build(width, shape) ----
 
 class Shape(NamedTuple):
-    """What the data ask of a network: floats (B, inputs) -> logits (B,
-    classes), or of text, token ids (B, inputs) -> logits (B, inputs,
-    classes)."""
+    """What the data ask of a network: floats (B, inputs) -> logits (B, classes);
+    of text, token ids (B, inputs) -> logits (B, inputs, classes)."""
     inputs: int
     classes: int
     text: bool
@@ -223,8 +222,8 @@ def _blaming(path):
         for frame in traceback.extract_tb(error.__traceback__):
             if frame.filename == str(path):
                 line = frame.lineno
-        *_, words = ["", *str(error).strip().splitlines()]
-        raise ValueError(f"{path.name}:{line}: {type(error).__name__}: {words.strip()}") from error
+        *_, last = "", *str(error).strip().splitlines()
+        raise ValueError(f"{path.name}:{line}: {type(error).__name__}: {last.strip()}") from error
 
 
 def own(spec, width, shape):

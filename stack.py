@@ -1,9 +1,9 @@
 """Many runs as one: networks of one shape, each with its own weights and learning rates.
 
-Small kernels leave a machine idle. Here R small runs are one stack: weights (R,
-*shape), batches (R, B, ...), one batched product per layer, a learning rate per
-replica and tensor. Each replica trains as torch.optim would train it alone, to
-rounding.
+Small kernels leave a machine idle. Here R small runs are one stack: weights
+(R, *shape), batches (R, B, ...), one batched product per layer, a learning rate
+per replica and tensor. Each replica trains as torch.optim would train it alone,
+to rounding.
 
     R replicas   B batch size   C classes   h inputs of a layer   δ = dloss/d(W h)
     χ = dloss_i/dlogits of a sample i
@@ -110,8 +110,8 @@ def _smooth_constant(function, p, **options):
 
 
 def _hinge_constant(p):
-    """Its linear program has a whole-numbered solution, larger for more frequent
-    classes: from 0, raise the best number of the most frequent while it helps."""
+    """The hinge's linear program has a whole-numbered solution, of larger logits for
+    more frequent classes: from 0, raise the best number of them by one while it helps."""
     p = p.sort(descending=True).values
     raises, classes = torch.ones(len(p), len(p)).tril().to(p), torch.arange(len(p), device=p.device)
     z, lowest = torch.zeros_like(p), math.inf
@@ -143,10 +143,10 @@ SCRATCH = ("grads", "calls")        # steps make it anew where it is missing
 def make(model, initial, lr, weight_decay=0.0, eps=1e-8, moments=0, device="cpu", dtype=torch.float32):
     """The stack of R = len(initial) replicas of a model.
 
-    initial: R lists of weights, in the order of model.parameters(), or indices
-    of earlier replicas that start with the same. lr, weight_decay, eps: a
-    number, or one per replica, each a number or {parameter name: number}.
-    moments: 0 for plain SGD, 1 for momentum, 2 for AdamW.
+    initial: an iterable of R lists of weights, in the order of
+    model.parameters(), or indices of earlier replicas that start with the same.
+    lr, weight_decay, eps: a number, or one per replica, each a number or
+    {parameter name: number}. moments: 0 for plain SGD, 1 for momentum, 2 for AdamW.
     """
     parameters, kind = dict(model.named_parameters()), {"dtype": dtype, "device": device}
     count = len(lr) if isinstance(lr, (list, tuple)) else len(initial)
