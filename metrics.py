@@ -82,7 +82,7 @@ def updates(model, reference, x):
 
 
 def capture(model, x):
-    """{module name: (weight, input rows)} of one forward pass, as a reference for many updates.
+    """{module name: (weight, input rows)} of one forward pass, for many updates.
 
     The weights share the parameters' memory: of a model that trains on, capture a copy.
     """
@@ -269,7 +269,11 @@ def layer_statistics(model, reference, x, layers=None):
         if layer.dx is not None:
             change = change + layer.propagating
             dead = (layer.x == 0).all(dim=0).float().mean().item()
-        rows[name] = {"output": _rms(output), "output_change": _rms(change), "dead_inputs": dead}
+        rows[name] = {
+            "output": _rms(output),
+            "output_change": _rms(change),
+            "dead_inputs": dead,
+        }
     return rows
 
 
@@ -500,14 +504,15 @@ def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=Fa
         return math.nan, math.nan
     freedom = most if most > 0 else math.inf
     if seeds > 1 and not equal_noise and noise.any():
-        freedom = min(most, (seeds - 1) * (noise.sum().square() / noise.square().sum()).item())
+        ratio = noise.sum().square() / noise.square().sum()
+        freedom = min(most, (seeds - 1) * ratio.item())
     half = t_quantile((1 + level) / 2, freedom) * math.sqrt(variance)
     return slope - half, slope + half
 
 
 @cache
 def t_quantile(probability, freedom):
-    """Quantile of Student's t above the median, by integrating over atan(t / sqrt(freedom))."""
+    """Quantile of Student's t above the median, integrated over atan(t / sqrt(freedom))."""
     if math.isinf(freedom):
         return NormalDist().inv_cdf(probability)
     step = math.pi / 40_000
@@ -522,8 +527,8 @@ def t_quantile(probability, freedom):
 
 def _logs(widths, values):
     """Natural logs of widths (W,) and values (S, W), checked, in float64."""
-    widths = torch.as_tensor(widths, dtype=torch.float64, device="cpu")
-    values = torch.atleast_2d(torch.as_tensor(values, dtype=torch.float64, device="cpu"))
+    exact = partial(torch.as_tensor, dtype=torch.float64, device="cpu")
+    widths, values = exact(widths), torch.atleast_2d(exact(values))
     if values.ndim != 2 or widths.shape != values.shape[1:] or len(values) == 0:
         raise ValueError(f"widths {tuple(widths.shape)}, values {tuple(values.shape)}: "
                          "need (W,) and (W,) or (S, W)")
