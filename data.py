@@ -3,19 +3,21 @@
     N samples   D input dimension   C classes, or tokens of the vocabulary   V validation samples
     R replicas   B batch size   T context: tokens of a window
 
-    splits = load_data("multi_index")                   # generated: x (N, D), y (N,)
-    splits = load_data("fashion_mnist", "data")         # standard files, downloaded where absent
-    splits = load_text("stdlib", context=32)            # next-token prediction, memory-mapped
+    splits = load_data("multi_index")               # generated: x (N, D), y (N,)
+    splits = load_data("fashion_mnist", "data")     # standard files, downloaded where absent
+    splits = load_text("stdlib", context=32)        # next-token prediction, memory-mapped
     x, y = splits.batch(torch.randint(splits.samples, (R, B)))
 
-Needs torch and numpy. Files are parsed, never unpickled. Out of scope: data augmentation, tokenizers.
+Needs torch and numpy. Never unpickles. Out of scope: data augmentation, tokenizers.
 """
+import bisect
 import contextlib
 import functools
 import gzip
 import hashlib
 import http.client
 import io
+import itertools
 import math
 import os
 import sysconfig
@@ -39,7 +41,7 @@ SHAPES = {      # (D, C); any other name of data is text
 
 
 class InputError(ValueError):
-    """Input that a user can mend: the message names the value, what is allowed, and the remedy."""
+    """Input that a user can mend: names the value, what is allowed, and the remedy."""
 
 
 @contextlib.contextmanager
@@ -66,20 +68,20 @@ class Splits(NamedTuple):
 
     @property
     def frequencies(self):
-        """Relative frequencies (C,) of the training labels, of text those of its tokens; float64."""
+        """Relative frequencies (C,) of the training labels, or of the tokens; float64."""
         if self.y is None:
             return self.x.frequencies
         return torch.bincount(self.y, minlength=self.classes).double() / len(self.y)
 
     def batch(self, index):
-        """(x, y) of samples index (R, B): rows (R, B, D) of the data and their labels (R, B).
+        """(x, y) of samples index (R, B): rows (R, B, D) and their labels (R, B).
 
-        Of text: windows (R, B, T) that begin at those tokens, and the tokens after each (R, B, T).
-        index lies on the data's device, for text on the CPU, where the files are read.
+        Of text: windows (R, B, T) that begin at those tokens, and the tokens
+        after each. index lies on the data's device, for text on the CPU.
         """
         if self.y is not None:
-            return F.embedding(index, self.x), self.y[index]        # x[index] takes twice as long
-        windows = self.x.windows(index, self.x_val.shape[-1] + 1)       # (R, B, T + 1)
+            return F.embedding(index, self.x), self.y[index]    # x[index] takes twice as long
+        windows = self.x.windows(index, self.x_val.shape[-1] + 1)   # (R, B, T + 1)
         device = self.x_val.device
         if device.type == "cuda":
             windows = windows.pin_memory().to(device, non_blocking=True)
@@ -91,7 +93,7 @@ def load(config, data_dir=None, device="cpu"):
     name, val_size = config["data"], config["val_size"]
     if name not in SHAPES:
         return load_text(name, config["context"], device, config["vocab_size"], val_size)
-    # bfloat16 is autocast's: weights and data stay float32
+    # bfloat16 is autocast's: data stay float32
     dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
     return load_data(name, data_dir, device, dtype, config["train_size"], val_size, config["data_seed"])
 
@@ -99,16 +101,16 @@ def load(config, data_dir=None, device="cpu"):
 @_readable()
 def load_data(name, root=None, device="cpu", dtype=torch.float32,
               train_size=20_000, val_size=1_000, data_seed=0):
-    """Splits(x (N, D), y (N,), x_val (V, D), y_val (V,), classes) on the device; for text see load_text.
+    """Splits of generated samples or images on the device; for text see load_text.
 
-    multi_index is generated: train_size and val_size samples from data_seed. mnist, fashion_mnist and
-    cifar10 are read from their standard files (IDX or CIFAR-10 binary, plain or .gz) in root, else
-    $DATA_DIR, else ./data, each with or without a folder of the data set's name, else where Debian's
-    dataset-fashion-mnist puts them; absent files are downloaded and their MD5 checked. Pixels are shifted
-    and scaled to the training split's mean 0 and variance 1; the first val_size test samples validate.
-
-    InputError: unknown name, damaged files (with the path), files of another data set, or absent files
-    that cannot be downloaded (with the remedy).
+    multi_index: train_size and val_size samples from data_seed. The others:
+    standard files (IDX or CIFAR-10 binary, plain or .gz) in root, else
+    $DATA_DIR, else ./data, each with or without a folder of the data set's
+    name, else where Debian's dataset-fashion-mnist puts them, else downloaded,
+    MD5 checked. Pixels are shifted and scaled to the training split's mean 0
+    and variance 1; the first val_size test samples validate. InputError:
+    unknown name, damaged files, those of another data set, or absent ones that
+    cannot be downloaded.
     """
     if name not in SHAPES:
         raise InputError(f"unknown data {name!r}; choose from {', '.join(SHAPES)}")
@@ -120,43 +122,41 @@ def load_data(name, root=None, device="cpu", dtype=torch.float32,
         x, y, x_val, y_val = (torch.from_numpy(np.array(part)) for part in _read_images(name, root))
         x, y, x_val, y_val = x.float(), y.long(), x_val[:val_size].float(), y_val[:val_size].long()
         mean, std = x.mean(), x.std()
-        x, x_val = x.sub_(mean).div_(std), x_val.sub_(mean).div_(std)
-    x, x_val = x.to(device, dtype), x_val.to(device, dtype)
-    return Splits(x, y.to(device), x_val, y_val.to(device), SHAPES[name][1])
+        for images in (x, x_val):
+            images.sub_(mean).div_(std)
+    return Splits(x.to(device, dtype), y.to(device), x_val.to(device, dtype), y_val.to(device),
+                  SHAPES[name][1])
 
 
 def multi_index(size, generator):
-    """x (size, 100) ~ N(0, I), y = [relu(x1) + relu(x2) > relu(x3) + relu(x4)]: two balanced classes."""
+    """x (size, 100) ~ N(0, I), y = [relu(x1) + relu(x2) > relu(x3) + relu(x4)]: balanced classes."""
     x = torch.randn(size, SHAPES["multi_index"][0], generator=generator)
     z = torch.relu(x[:, :4])
     return x, (z[:, 0] + z[:, 1] > z[:, 2] + z[:, 3]).long()
 
 
-# ------------------------------------------------------------------------------------------------------
-# Image files
+# ---- image files ----
 
+# files: needed, plain or .gz; md5: {file to download: its MD5}; packaged: folders of a package
 Source = namedtuple("Source", "files mirror md5 packaged")
-# files: needed, plain or .gz; md5: {file to download: its MD5}; packaged: where a package manager puts them
 
 _IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
         "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _CIFAR = tuple(f"data_batch_{i}.bin" for i in range(1, 6)) + ("test_batch.bin",)
+_IDX_GZ = [f"{file}.gz" for file in _IDX]
 _SOURCES = {
-    "mnist": Source(_IDX, "https://ossci-datasets.s3.amazonaws.com/mnist/", {
-        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
-        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}, ()),
-    "fashion_mnist": Source(_IDX, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
-        "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
-        "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
-        "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310"},
+    "mnist": Source(_IDX, "https://ossci-datasets.s3.amazonaws.com/mnist/", dict(zip(_IDX_GZ, (
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"))), ()),
+    "fashion_mnist": Source(
+        _IDX, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", dict(zip(_IDX_GZ, (
+            "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
+            "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"))),
         ("/usr/share/datasets/fashion-mnist",)),
     "cifar10": Source(_CIFAR, "https://www.cs.toronto.edu/~kriz/", {
         "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}, ()),
 }
-# Both sets name their files alike. Their first labels tell them apart, also cut or compressed anew.
+# MNIST and Fashion-MNIST name their files alike; their first labels tell them apart.
 _FIRST_LABELS = {
     "50419213143536172869409112432738": "mnist",
     "90030272550955791064314843024453": "fashion_mnist",
@@ -165,12 +165,11 @@ _FIRST_LABELS = {
 
 def _read_images(name, root):
     """Training images (N, D) and labels (N,), test images and labels, uint8."""
-    folder = _locate(name, root)
+    folder, (values, classes) = _locate(name, root), SHAPES[name]
     if name == "cifar10":
         parts = [*_read_cifar(folder, _CIFAR[:5]), *_read_cifar(folder, _CIFAR[5:])]
     else:
         parts = [_read_idx(folder, file) for file in _IDX]
-    values, classes = SHAPES[name]
     for i in (0, 2):
         images, labels = parts[i:i + 2]
         if len(images) != len(labels) or len(labels) == 0:
@@ -178,35 +177,34 @@ def _read_images(name, root):
         if images[0].size != values or labels.max() >= classes:
             raise InputError(f"{folder} holds images of {images[0].size} values and labels up to "
                              f"{labels.max()}; {name} has {values} values and classes 0 to {classes - 1}")
-        parts[i] = images.reshape(len(images), values)
+        parts[i] = images.reshape(-1, values)
     found = _FIRST_LABELS.get("".join(map(str, parts[1][:32])), name)
-    if found != name and folder.name != name:       # a folder of the data set's own name is trusted
+    if found != name and folder.name != name:       # a folder of its own name is trusted
         raise InputError(f"{folder} holds {found}, whose files have the same names; "
                          f"put those of {name} into {folder / name}, or choose data {found}")
     return parts
 
 
 def _locate(name, root):
-    """The folder that holds the files of a data set; if none does, they are downloaded into the first."""
+    """The folder that holds the files of a data set; if none does, the first, downloaded into."""
     source, home = _SOURCES[name], Path(root or os.environ.get("DATA_DIR") or "data")
-    folders = [home / name, home, home / "cifar-10-batches-bin"]
-    folders += [Path(folder) for folder in source.packaged if not root]
-    for folder in folders:
+    packaged = () if root else map(Path, source.packaged)
+    for folder in (home / name, home, home / "cifar-10-batches-bin", *packaged):
         if all((folder / file).exists() or (folder / f"{file}.gz").exists() for file in source.files):
             return folder
     try:
         for file, md5 in source.md5.items():
-            _download(source.mirror + file, folders[0], md5)
-    except (OSError, http.client.HTTPException) as error:       # the latter where the connection ends early
+            _download(source.mirror + file, home / name, md5)
+    except (OSError, http.client.HTTPException) as error:   # the latter if cut short
         package = ", or install Debian's package dataset-fashion-mnist" if source.packaged else ""
         raise InputError(f"{name} is not here and could not be downloaded ({error}); put "
-                         f"{', '.join(source.files)} (plain or .gz) into {folders[0]}, "
+                         f"{', '.join(source.files)} (plain or .gz) into {home / name}, "
                          f"or name their folder with --data-dir{package}") from None
-    return folders[0]
+    return home / name
 
 
 def _download(url, folder, md5):
-    """Fetches url into folder once its MD5 is right. Of an archive only files known by name are kept."""
+    """Fetches url into folder if its MD5 is right; of an archive only files known by name."""
     with urllib.request.urlopen(url, timeout=30) as response:
         content = response.read()
     found = hashlib.md5(content).hexdigest()
@@ -216,7 +214,8 @@ def _download(url, folder, md5):
     if url.endswith(".tar.gz"):
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             members = {Path(member.name).name: member for member in archive if member.isfile()}
-            files = {name: archive.extractfile(members[name]).read() for name in _CIFAR if name in members}
+            files = {name: archive.extractfile(member).read() for name, member in members.items()
+                     if name in _CIFAR}
     folder.mkdir(parents=True, exist_ok=True)
     for file, data in files.items():
         with whole_file(folder / file) as target:
@@ -225,7 +224,7 @@ def _download(url, folder, md5):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A binary file that comes to stand under its name whole and on the disk, or not at all."""
+    """A binary file that comes to stand under its name whole, on the disk, or not at all."""
     partial = path.with_name(path.name + ".part")
     try:
         with open(partial, "wb") as file:
@@ -238,7 +237,7 @@ def whole_file(path):
 
 
 def _read(folder, file):
-    """(content, path) of a file that is there plain or as .gz; the plain one first."""
+    """(content, path) of a file, plain or else .gz."""
     path = folder / file
     if not path.exists():
         path = folder / f"{file}.gz"
@@ -250,108 +249,103 @@ def _read(folder, file):
 
 
 def _read_idx(folder, file):
-    """An IDX file as a uint8 array: big-endian 0x08, the number of dimensions, their sizes, the bytes."""
+    """An IDX file as a uint8 array: big-endian magic, the sizes of its dimensions, the bytes."""
     content, path = _read(folder, file)
-    magic, dimensions = (0x803, 3) if "images" in file else (0x801, 1)
-    start = 4 + 4 * dimensions
+    dimensions = 3 if "images" in file else 1
+    magic, start = 0x800 + dimensions, 4 + 4 * dimensions
     if len(content) < start or int.from_bytes(content[:4], "big") != magic:
         raise InputError(f"{path} does not begin with the IDX magic {magic:#x}; it is no {file} file")
     shape = np.frombuffer(content, ">u4", dimensions, offset=4).tolist()
-    if len(content) != start + math.prod(shape):
-        raise InputError(f"{path} holds {len(content)} bytes where its header says "
-                         f"{start + math.prod(shape)}; delete it to download it again")
+    size = start + math.prod(shape)
+    if len(content) != size:
+        raise InputError(f"{path} holds {len(content)} bytes where its header says {size}; "
+                         "delete it to download it again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 def _read_cifar(folder, files):
-    """Images (N, 3072) and labels (N,): records of a label byte, then 3 x 32 x 32 bytes of colour planes."""
-    records = []
+    """Images (N, 3072) and labels (N,): records of a label byte, then 3 x 32 x 32 bytes."""
+    contents = []
     for file in files:
         content, path = _read(folder, file)
         if len(content) == 0 or len(content) % 3073:
             raise InputError(f"{path} holds {len(content)} bytes, no multiple of 3073; "
                              "delete it to download it again")
-        records.append(np.frombuffer(content, np.uint8).reshape(-1, 3073))
-    records = np.concatenate(records)
+        contents.append(content)
+    records = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, 3073)
     return records[:, 1:], records[:, 0]
 
 
-# ------------------------------------------------------------------------------------------------------
-# Text and tokens
+# ---- text and tokens ----
 
-Piece = namedtuple("Piece", "path dtype offset count")      # count tokens of a file, from a byte offset
+Piece = namedtuple("Piece", "path dtype offset count")      # count tokens from a byte offset
 
 
 @_readable()
 def load_text(name, context, device="cpu", vocab_size=0, val_size=64):
-    """Splits(x = Tokens, y = None, x_val (V, T), y_val (V, T), classes), T = context, to predict next tokens.
+    """Splits(Tokens, None, x_val (V, T), y_val (V, T), classes), T = context, to predict next tokens.
 
-    stdlib: the sources of Python's own standard library, as bytes. Else a path: text files as bytes
-    (256 tokens), nanoGPT's .bin of uint16, or llm.c's shards; several in a folder, of which hidden files
-    and folders are left out. Nothing is read but the windows asked for, the largest token of .bin files
-    if vocab_size is 0, and val_size windows spread evenly over the validation files.
-
-    InputError: no such path, damaged files, too few tokens for a window, a token outside the vocabulary.
+    stdlib: the sources of Python's own standard library, as bytes. Else a path:
+    text files as bytes (256 tokens), nanoGPT's .bin of uint16, or llm.c's
+    shards; all of a folder but hidden ones. Only these are read: the windows
+    asked for, the largest token of .bin files if vocab_size is 0, and val_size
+    windows spread evenly over the validation files. InputError: no such path,
+    damaged files, too few tokens for a window, a token outside the vocabulary.
     """
     train, val = ([piece for piece in pieces if piece.count] for pieces in _text_pieces(name))
     for words, pieces in (("train", train), ("validate", val)):
         count = sum(piece.count for piece in pieces)
         if count <= context:
             raise InputError(f"{name} holds {count} tokens to {words} on; context {context} needs more "
-                             "(of a folder every tenth text file validates, "
-                             "or the .bin files with val in their names)")
-    if not vocab_size and all(piece.dtype == "u1" for piece in train + val):
-        vocab_size = 256
-    vocab_size = vocab_size or 1 + max(int(_map(piece).max()) for piece in train + val)
+                             "(of a folder every tenth text file validates, or .bin files "
+                             "with val in their names)")
+    if not vocab_size:
+        is_text = all(piece.dtype == "u1" for piece in train + val)
+        vocab_size = 256 if is_text else 1 + max(int(_map(piece).max()) for piece in train + val)
     train, val = Tokens(train, vocab_size), Tokens(val, vocab_size)
     starts = torch.linspace(0, len(val) - context - 1, val_size, dtype=torch.float64)
-    windows = val.windows(starts.long().unique(), context + 1).to(device)       # (V, T + 1)
+    windows = val.windows(starts.long().unique(), context + 1).to(device)   # (V, T + 1)
     return Splits(train, None, windows[:, :-1], windows[:, 1:], vocab_size)
 
 
 class Tokens:
-    """The tokens of many files end to end, memory-mapped: windows(starts, length) reads nothing else."""
+    """The tokens of many files end to end, memory-mapped."""
 
     def __init__(self, pieces, vocabulary):
         self.pieces, self.vocabulary = pieces, vocabulary
-        self.ends = np.cumsum([piece.count for piece in pieces])
-        self.begins = [0, *self.ends.tolist()]
+        self.begins = [0, *itertools.accumulate(piece.count for piece in pieces)]
         # fewer maps than the files that a process may hold open
         self._part = functools.lru_cache(512)(lambda i: _map(pieces[i]))
 
     def __len__(self):
-        return int(self.ends[-1])
+        return self.begins[-1]
 
     def windows(self, starts, length):
         """Tokens (..., length) from positions starts (...), int64 on the CPU.
 
         InputError: a token outside the vocabulary.
         """
-        positions, rows = starts.flatten().numpy(), np.empty((starts.numel(), length), np.int64)
-        first = np.searchsorted(self.ends, positions, side="right")     # the piece in which a window begins
-        for row, start, i in zip(rows, positions.tolist(), first.tolist()):
-            self._read(row, start, i)
+        rows = np.empty((starts.numel(), length), np.int64)
+        for row, start in zip(rows, starts.flatten().tolist()):
+            i, done = bisect.bisect(self.begins, start) - 1, 0      # begins in piece i
+            while done < length:
+                begin = start + done - self.begins[i]
+                part = self._part(i)[begin:begin + length - done]
+                row[done:done + len(part)] = part
+                done, i = done + len(part), i + 1
         if rows.max() >= self.vocabulary:
             raise InputError(f"token {rows.max()} in {self.pieces[0].path} or its neighbours is outside the "
                              f"vocabulary of {self.vocabulary}; give --vocab-size, or 0 to find it")
         return torch.from_numpy(rows).view(*starts.shape, length)
 
-    def _read(self, row, start, i):
-        """Fills row with the tokens from start on, which lies in piece i."""
-        done = 0
-        while done < len(row):
-            begin = start + done - self.begins[i]
-            part = self._part(i)[begin:begin + len(row) - done]
-            row[done:done + len(part)] = part
-            done, i = done + len(part), i + 1
-
     @functools.cached_property
     def frequencies(self):
         """Relative frequency (C,) of every token, over the first 16M tokens; float64."""
         counts, left = np.zeros(self.vocabulary, np.int64), 2 ** 24
-        for i, piece in enumerate(self.pieces):
-            counts += np.bincount(self._part(i)[:left], minlength=self.vocabulary)[:self.vocabulary]
-            left -= min(left, piece.count)
+        for i in range(len(self.pieces)):
+            part = self._part(i)[:left]
+            counts += np.bincount(part, minlength=self.vocabulary)[:self.vocabulary]
+            left -= len(part)
             if not left:
                 break
         return torch.from_numpy(counts / counts.sum())
@@ -365,8 +359,8 @@ def _map(piece):
 def _text_pieces(name):
     """(pieces to train on, pieces to validate on).
 
-    Of a single file the last tenth validates; of a folder every tenth file, or of one with .bin files
-    those with "val" in their names.
+    Of a single file the last tenth validates; of a folder every tenth file, or
+    of one with .bin files those with "val" in their names.
     """
     path = Path(sysconfig.get_paths()["stdlib"] if name == "stdlib" else name)
     if path.is_file():
@@ -379,42 +373,36 @@ def _text_pieces(name):
                          "or the path of text, .bin tokens or a folder of them")
     files = _text_files(path, name == "stdlib")
     shards = [file for file in files if file.suffix == ".bin"]
-    if shards:
-        val = [file for file in shards if "val" in file.name]
-        train = [file for file in shards if file not in val]
-    else:
-        val = files[9::10]
-        train = [file for i, file in enumerate(files) if i % 10 != 9]
+    val = [file for file in shards if "val" in file.name] if shards else files[9::10]
+    train = sorted({*(shards or files)} - {*val})
     return [_piece(file) for file in train], [_piece(file) for file in val]
 
 
 def _text_files(folder, stdlib):
-    """The files below a folder that hold anything, sorted, without hidden ones or any in hidden folders."""
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"} if stdlib else set()
+    """The files below a folder that hold anything, sorted, without any in hidden folders."""
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"} if stdlib else ()
 
     def belongs(file):
         parts = file.relative_to(folder).parts      # the folder itself may be hidden
-        hidden = any(part.startswith(".") for part in parts)
-        return not hidden and not skipped & set(parts) and file.is_file() and file.stat().st_size
+        left_out = any(part.startswith(".") or part in skipped for part in parts)
+        return not left_out and file.is_file() and file.stat().st_size
 
     return sorted(filter(belongs, folder.rglob("*.py" if stdlib else "*")))
 
 
 def _piece(path):
-    """One file of tokens; any but .bin as bytes.
-
-    .bin as llm.c writes them (256 int32: 20240520, 1, count; then uint16), or nanoGPT's uint16 alone.
+    """One file of tokens: bytes; .bin as of llm.c (256 int32: 20240520, 1, count;
+    then uint16) or nanoGPT (uint16 alone).
     """
     size = path.stat().st_size
     if path.suffix != ".bin":
         return Piece(path, "u1", 0, size)
-    header = np.fromfile(path, "<i4", 256)
-    if len(header) and header[0] in (20240520, 20240801):       # the latter: shards of uint32
-        right = len(header) == 256 and header[:2].tolist() == [20240520, 1]
-        if not right or size != 1024 + 2 * int(header[2]):
-            raise InputError(f"{path} has the header {header[:3].tolist()} and {size} bytes; "
+    header = np.fromfile(path, "<i4", 256).tolist()
+    if header and header[0] in (20240520, 20240801):        # the latter: shards of uint32
+        if len(header) < 256 or header[:2] != [20240520, 1] or size != 1024 + 2 * header[2]:
+            raise InputError(f"{path} has the header {header[:3]} and {size} bytes; "
                              "a shard of uint16 tokens has 20240520, 1, count, and 1024 + 2 count bytes")
-        return Piece(path, "<u2", 1024, int(header[2]))
+        return Piece(path, "<u2", 1024, header[2])
     if size % 2:
         raise InputError(f"{path} holds {size} bytes; a .bin file of uint16 tokens has an even number")
     return Piece(path, "<u2", 0, size // 2)

@@ -12,8 +12,8 @@ One step, with the old f and λ on the right, is exactly
 
 for all parameterizations at once, so f and λ stand for all 2n weights.
 
-    python linear_net.py  # largest stable LR, distance to the limit, loss decrease
-    path = linear_net(4096, lr=0.1, steps=100, parameterization="mup")  # path.loss (101,)
+    python linear_net.py                # largest stable LR, distance to the limit, loss decrease
+    path = linear_net(4096, lr=0.1, steps=100, parameterization="mup")      # path.loss (101,)
 
 Needs torch and numpy; can be copied alone. Out of scope: several samples, other losses.
 """
@@ -23,7 +23,7 @@ import math
 import sys
 import time
 from collections import namedtuple
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +43,8 @@ LinearNet = namedtuple("LinearNet", "f ntk loss diverged_at")
 def width_exponents(parameterization, alpha=0.0):
     """Exponents of m in the initial f, k_u ‖v‖², k_v ‖u‖² and P; ValueError on an unknown name."""
     if parameterization not in LINEAR_NET:
-        known = ", ".join(LINEAR_NET)
-        raise ValueError(f"unknown parameterization {parameterization!r}; choose from {known}")
+        raise ValueError(f"unknown parameterization {parameterization!r}; "
+                         f"choose from {', '.join(LINEAR_NET)}")
     b, c_in, c_out = LINEAR_NET[parameterization]
     return 0.5 - b, 1 - 2 * b - c_in - alpha, 1 - c_out - alpha, -c_in - c_out - 2 * alpha
 
@@ -53,17 +53,19 @@ def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0, base_width
                weight_decay=0.0, schedule=None, label_noise=0.0, f0=None):
     """The trajectory, in float64 on the CPU.
 
-    lr (at base_width, times m^-alpha), seed and weight_decay broadcast to some shape (...).
-    schedule(step) multiplies the LR at a step counted from zero; lr * weight_decay does not change
-    with width. label_noise is the standard deviation of noise added to y anew at every step.
-    f0 replaces the initial f that seed draws. Returns
+    lr (at base_width, times m^-alpha), seed and weight_decay broadcast to a
+    shape (...). schedule(step) multiplies the LR, from step 0; lr *
+    weight_decay does not change with width. label_noise: standard deviation of
+    noise added to y anew at every step. f0 replaces the initial f that seed
+    draws. Returns
 
         f, ntk, loss   (steps + 1, ...): before every step and after the last; nan once diverged
-        diverged_at    (...): first step whose loss, without the noise, is not finite; -1 if none
+        diverged_at    (...): first step whose loss, without noise, is not finite; -1 if none
 
-    f changes by -lr χ ntk to first order. At base_width 1, ntk is the paper's λ for ntp, mup, and
-    sp with alpha = 1. width = math.inf is the limit: f ~ N(0, x²) or 0 at first, and a fixed ntk
-    unless P > 0. ValueError where there is none (sp needs alpha >= 1), and on an unknown name.
+    At base_width 1, ntk is the paper's λ for ntp, mup, and sp with alpha = 1.
+    width = math.inf is the limit: f ~ N(0, x²) or 0 at first, a fixed ntk
+    unless P > 0. ValueError where there is none (sp needs alpha >= 1), or on an
+    unknown name.
     """
     powers = width_exponents(parameterization, alpha)
     if width == math.inf and max(powers) > 0:
@@ -73,20 +75,19 @@ def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0, base_width
     size_f, size_v, size_u, size_p = (float(width / base_width) ** power for power in powers)
     p = x * x * size_p
 
-    lr, decay = (torch.as_tensor(value, dtype=torch.float64) for value in (lr, weight_decay))
-    lr, decay, seed = torch.broadcast_tensors(lr, decay, torch.as_tensor(seed))
+    exact = partial(torch.as_tensor, dtype=torch.float64)
+    lr, decay, seed = torch.broadcast_tensors(exact(lr), exact(weight_decay), torch.as_tensor(seed))
     seeds, of_seed = seed.unique(return_inverse=True)
     drawn = torch.stack([draw(width, s, steps) for s in seeds.tolist()], dim=-1)
-    overlap, u2, v2, *noise = drawn[:, of_seed]  # (...) each
+    overlap, u2, v2, *noise = drawn[:, of_seed]     # (...) each
 
-    shape = steps + 1, *lr.shape
-    chi, ntk = (torch.full(shape, math.nan, dtype=torch.float64) for _ in range(2))
-    start = x * size_f * overlap if f0 is None else torch.as_tensor(f0, dtype=torch.float64)
-    chi[0] = start - y
+    chi = torch.full((steps + 1, *lr.shape), math.nan, dtype=torch.float64)
+    ntk = chi.clone()
+    chi[0] = (x * size_f * overlap if f0 is None else exact(f0)) - y
     ntk[0] = x * x * (size_v * v2 + base_width * size_u * u2)
-    for step in range(steps):  # χ is the state: f, rounded, would rest at an unstable y
+    for step in range(steps):       # χ is the state: f, rounded, would rest at an unstable y
         error, kernel = chi[step], ntk[step]
-        now = lr * (1.0 if schedule is None else schedule(step))
+        now = lr if schedule is None else lr * schedule(step)
         a = 1 - now * decay
         g = now * (error - label_noise * noise[step] if label_noise else error)
         square, pg = a * a, p * g
@@ -106,9 +107,7 @@ def draw(width, seed, steps):
     """(3 + steps,): uᵀv / √n, ‖u‖² / n, ‖v‖² / n of u, v ~ N(0, I); every step's N(0, 1)."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(size):
-        return torch.randn(size, generator=generator, dtype=torch.float64)
-
+    normal = partial(torch.randn, generator=generator, dtype=torch.float64)
     if width == math.inf:
         return torch.cat([normal(1), torch.ones(2, dtype=torch.float64), normal(steps)])
     u, v = normal(width), normal(width)
@@ -119,9 +118,8 @@ def draw(width, seed, steps):
 # ---- exponents with intervals ----
 
 def t_quantile(freedom, level=0.95):
-    """t with P(|T| < t) = level for Student's T, to 1e-4 relative.
-
-    The angle θ = atan(T / √freedom) has a density proportional to cos(θ)^(freedom - 1).
+    """t with P(|T| < t) = level for Student's T, to 1e-4 relative, from the
+    density ∝ cos(θ)^(freedom - 1) of the angle θ = atan(T / √freedom).
     """
     edges = np.linspace(0, math.pi / 2, 10_001)
     middles = (edges[1:] + edges[:-1]) / 2
@@ -133,18 +131,19 @@ def t_quantile(freedom, level=0.95):
 def fit_exponent(widths, logs, step=0.0):
     """(slope, [low, high]) of logs (S, W), of S seeds, against log width; 95 % interval.
 
-    Least squares on the means over seeds: slope = Σ w mean has variance (s²/S + step²/12) Σ w².
-    s² is the variance over seeds, pooled within widths; step is the spacing of the grid that
-    logs lie on; Student's t has W (S - 1) degrees of freedom. nan where there is none.
+    Least squares on the means over seeds: slope = Σ w mean has variance
+    (s²/S + step²/12) Σ w². s²: variance over seeds, pooled within widths; step:
+    spacing of the logs' grid; W (S - 1) degrees of freedom. nan where there is none.
     """
     seeds, count = logs.shape
+    slope, none = math.nan, [math.nan, math.nan]
     if count < 2:
-        return math.nan, [math.nan, math.nan]
+        return slope, none
     centred = np.log(widths) - np.log(widths).mean()
     weights = centred / (centred ** 2).sum()
     slope = float(weights @ logs.mean(0))
     if seeds < 2:
-        return slope, [math.nan, math.nan]
+        return slope, none
     variance = logs.var(0, ddof=1).mean() / seeds + step ** 2 / 12
     error = math.sqrt(variance * (weights ** 2).sum())
     half = t_quantile(count * (seeds - 1)) * error
@@ -153,11 +152,11 @@ def fit_exponent(widths, logs, step=0.0):
 
 # ---- measurements: the entries of summary.json ----
 
-BASE_WIDTH = 64                                     # of the warmup; SP's LR has none
-LRS = [2 ** (k / 2) for k in range(-44, 5)]         # (K,)
-WARMUPS = [(0, 0.0), (32, 0.0), (32, 0.5)]          # (steps at the base width, exponent in m)
-ONE_STEP = [("sp", 0.5), ("sp", 1.0), ("sp", 1.5), ("ntp", 0.0)]        # with alpha
-TIMES = 1, 4, 16                                    # steps before each distance
+BASE_WIDTH = 64                                 # of the warmup; SP's LR has none
+LRS = [2 ** (k / 2) for k in range(-44, 5)]     # (K,)
+WARMUPS = [(0, 0.0), (32, 0.0), (32, 0.5)]      # (steps at the base width, exponent in m)
+ONE_STEP = [("sp", 0.5), ("sp", 1.0), ("sp", 1.5), ("ntp", 0.0)]    # with alpha
+TIMES = 1, 4, 16                                # steps before each distance
 
 
 def ntk_exponent(parameterization, alpha=0.0):
@@ -166,7 +165,7 @@ def ntk_exponent(parameterization, alpha=0.0):
 
 
 def bracket(width, steps, seeds, label_noise, warmup):
-    """Logs, (S,) each, of the largest stable LR below the first unstable one, and of that one.
+    """Logs (S,) of the largest stable LR below the first unstable one, and (S,) of that one.
 
     nan beyond LRS. Only divergence is unstable: a late catapult raises the loss for a while.
     """
@@ -176,7 +175,7 @@ def bracket(width, steps, seeds, label_noise, warmup):
     lrs = torch.tensor(LRS, dtype=torch.float64)[:, None]
     path = linear_net(width, lrs, steps, "sp", torch.arange(seeds), schedule=schedule,
                       label_noise=label_noise)
-    first = (path.diverged_at < 0).int().cumprod(0).sum(0).numpy()  # stable LRs below it
+    first = (path.diverged_at < 0).int().cumprod(0).sum(0).numpy()      # stable LRs below it
     padded = np.array([math.nan, *np.log(LRS), math.nan])
     return padded[first], padded[first + 1]
 
@@ -184,8 +183,9 @@ def bracket(width, steps, seeds, label_noise, warmup):
 def stability_edge(widths, steps, seeds, label_noise, warmup, exponent):
     """Largest stable LR of SP against width, after warmup * m^exponent steps of linear warmup.
 
-    With noise, χ grows as soon as lr λ > 2 and λ falls while the LR rises: what stays bounded is
-    the LR's growth per step. Without noise χ is too small by then, and the LR itself counts.
+    With noise, χ grows as soon as lr λ > 2 and λ falls while the LR rises: the
+    LR's growth per step stays bounded. Without noise χ is too small by then,
+    and the LR itself counts.
     """
     growth = exponent if label_noise else 0.0
     flags, brackets = [], []
@@ -195,9 +195,9 @@ def stability_edge(widths, steps, seeds, label_noise, warmup, exponent):
             flags.append(f"width {width}: {longest} warmup steps, but {steps} steps in all")
         brackets.append(bracket(width, steps, seeds, label_noise, longest))
         if np.isnan(brackets[-1]).any():
-            grid = f"from LR {LRS[0]:.3g} to {LRS[-1]:.3g}"
-            flags.append(f"width {width}: no edge {grid}, left out of the fit")
-    stable, unstable = np.array(brackets).transpose(1, 2, 0)  # (S, W) each
+            flags.append(f"width {width}: no edge from LR {LRS[0]:.3g} to {LRS[-1]:.3g}, "
+                         "left out of the fit")
+    stable, unstable = np.array(brackets).transpose(1, 2, 0)    # (S, W) each
     middle = (stable + unstable) / 2
     found = np.isfinite(middle).all(0)
     step = math.log(LRS[1] / LRS[0])
@@ -215,8 +215,8 @@ def stability_edge(widths, steps, seeds, label_noise, warmup, exponent):
 
 
 def with_exponent(entry, widths, values, predicted):
-    """The entry, completed by values, a list over widths of (S,), and their exponent."""
-    values = torch.stack(values, dim=-1).numpy()  # (S, W)
+    """The entry, with values, a list over widths of (S,), and their exponent."""
+    values = torch.stack(values, dim=-1).numpy()    # (S, W)
     slope, interval = fit_exponent(widths, np.log(values))
     return {**entry, "widths": widths, "values": values.tolist(),
             "exponent": slope, "interval": interval, "predicted": predicted}
@@ -229,7 +229,7 @@ def distances(widths, parameterization, seeds=32, lr=0.1):
         f = linear_net(width, lr, max(TIMES), parameterization, every).f
         start = 0.0 if parameterization == "mup" else f[0]
         limit = linear_net(math.inf, lr, max(TIMES), parameterization, every, f0=start).f
-        paths.append((f - limit).abs())  # (steps + 1, S)
+        paths.append((f - limit).abs())     # (steps + 1, S)
     return [with_exponent({"param": parameterization, "step": step}, widths,
                           [path[step] for path in paths], predicted=-0.5) for step in TIMES]
 
@@ -241,15 +241,14 @@ def one_step(widths, parameterization, alpha, seeds=32, lr=0.5):
         before, after = linear_net(width, lr, 1, parameterization, every, alpha).loss
         decreases.append((after - before).abs())
     change = ntk_exponent(parameterization, alpha)
-    predicted = max(change, 2 * change)  # f² where f diverges
-    entry = {"param": parameterization, "alpha": alpha}
-    return with_exponent(entry, widths, decreases, predicted)
+    predicted = max(change, 2 * change)     # f² where f diverges
+    return with_exponent({"param": parameterization, "alpha": alpha}, widths, decreases, predicted)
 
 
 def measure(widths, steps, seeds, label_noise):
-    """Yields (kind, entry), one after the other."""
-    for warmup, exponent in WARMUPS:
-        yield "edges", stability_edge(widths, steps, seeds, label_noise, warmup, exponent)
+    """Yields (kind, entry)."""
+    for warmup in WARMUPS:
+        yield "edges", stability_edge(widths, steps, seeds, label_noise, *warmup)
     for parameterization in ("mup", "ntp"):
         for entry in distances(widths, parameterization):
             yield "distance", entry
@@ -296,9 +295,9 @@ def parse(arguments):
     add("--out", type=Path, default=Path("out/linear_net"), help="default out/linear_net")
     args = parser.parse_args(arguments)
     for width in args.widths:
-        if not 1 <= width <= 2 ** 26:  # u and v are drawn: 1 GB
+        if not 1 <= width <= 2 ** 26:       # u and v are drawn: 1 GB
             parser.error(f"--widths {width}: choose from 1 to 2^26")
-    if args.steps < 1 or args.seeds < 1 or args.steps * args.seeds > 10 ** 6:  # 4 GB
+    if args.steps < 1 or args.seeds < 1 or args.steps * args.seeds > 10 ** 6:       # 4 GB
         parser.error(f"--steps {args.steps} --seeds {args.seeds}: choose from 1 up, "
                      "with a product of at most 10^6")
     if not 0 <= args.label_noise < math.inf:
@@ -308,17 +307,17 @@ def parse(arguments):
 
 def main(arguments=None):
     parser, args = parse(arguments)
-    begin, found = time.perf_counter(), {"edges": [], "distance": [], "one_step": []}
+    begin, found = time.perf_counter(), {}
     widths = sorted(set(args.widths))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         print(f"{'Exponents against width':48}predicted   measured, 95 % interval")
         for kind, entry in measure(widths, args.steps, args.seeds, args.label_noise):
-            found[kind].append(entry)
+            found.setdefault(kind, []).append(entry)
             print(table_row(kind, entry), flush=True)
-        seconds = round(time.perf_counter() - begin, 1)
-        write_json(args.out / "summary.json", {"command": " ".join(["python", *sys.argv]),
-                                               "seconds": seconds, "linear_net": found})
+        write_json(args.out / "summary.json", {
+            "command": " ".join(["python", *sys.argv]),
+            "seconds": round(time.perf_counter() - begin, 1), "linear_net": found})
     except OSError as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -1,13 +1,13 @@
 """Measurements of width scaling: modules and tensors in, floats out.
 
-The refined coordinate check (Haas, Bordt, von Luxburg, Vankadara, "On the Surprising
-Effectiveness of Large Learning Rates under Standard Width Scaling", arXiv 2505.22491)
-splits the change of a layer's output in an effective and a propagating update,
+The refined coordinate check of arXiv 2505.22491 (Haas, Bordt, von Luxburg,
+Vankadara) splits the change of a layer's output in an effective and a
+propagating update,
 
     W_t x_t - W_0 x_0  =  (W_t - W_0) x_t  +  W_0 (x_t - x_0).
 
     W_0, x_0  a module's weight and input in `reference`, a copy from initialization
-    W_t, x_t  the same in `model`; dW = W_t - W_0, dx = x_t - x_0; no biases anywhere
+    W_t, x_t  the same in `model`; dW = W_t - W_0, dx = x_t - x_0; biases left out
     rms(v)    |v|_2 / sqrt(k) for v in R^k, per sample or token, averaged over them
     |W|_op    operator (spectral) norm; |W|_F Frobenius norm
     chi       dloss_i/dlogits of sample i
@@ -16,16 +16,17 @@ splits the change of a layer's output in an effective and a propagating update,
     ...  # training
     print(refined_coordinate_check(model, reference, x))
 
-Measured are nn.Linear, Embedding, LayerNorm, RMSNorm, Conv2d, transformers' Conv1D and
-other packages' RMSNorms, in any module that takes model(x), in evaluation mode. Training
-mode, buffers, RNG, .grad and hooks stay as they were. A diverged model gives nan. Out of
-scope: attention scores, sharded models. Needs torch >= 2.4.
+Measured are nn.Linear, Embedding, LayerNorm, RMSNorm, Conv2d, transformers'
+Conv1D and other packages' RMSNorms, in any module that takes model(x), in
+evaluation mode. Modes, buffers, RNG, .grad and hooks stay as they were. A
+diverged model gives nan. Needs torch >= 2.4 only; can be copied alone. Out of
+scope: attention scores, sharded models.
 """
 import copy
 import inspect
 import math
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from statistics import NormalDist
 from typing import NamedTuple
@@ -39,7 +40,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # ---- the two updates of every module, from one forward pass of each model ----
 
 class Layer(NamedTuple):
-    """One module at one batch: N samples, tokens or image patches, of all its calls."""
+    """One module at one batch: N samples, tokens or patches, of all its calls."""
     w0: Tensor                      # (fan_out, fan_in); gains (fan,); Embedding (V, fan_out)
     dw: Tensor                      # W_t - W_0
     x: Tensor                       # x_t (N, fan_in), normalised for gains; token ids (N,)
@@ -52,7 +53,7 @@ def updates(model, reference, x):
     """{module name: Layer}, for the measurements below to share.
 
     Products with dW and dx in float32 or wider: differences of outputs lose the
-    digits of small updates. A warning names modules with parameters that are not
+    digits of small updates. Warns of modules with parameters that are not
     measured. ValueError where the models differ in modules, shapes or number of
     calls. reference: a model, or capture(reference, x).
     """
@@ -68,9 +69,10 @@ def updates(model, reference, x):
                 f"module {name!r} has [weight, inputs] of shapes {ours} in the model "
                 f"but {theirs} in the reference: pass a copy of the same architecture and width")
         (w, xt), (w0, x0) = sides
-        dw = w - w0
-        dx = xt - x0 if xt.is_floating_point() else None
-        propagating = None if dx is None else _multiply(w0, dx)
+        dw, dx, propagating = w - w0, None, None
+        if xt.is_floating_point():
+            dx = xt - x0
+            propagating = _multiply(w0, dx)
         layers[name] = Layer(w0, dw, xt, dx, _multiply(dw, xt), propagating)
     left_out = ", ".join(_left_out(model, layers))
     if left_out:
@@ -80,39 +82,34 @@ def updates(model, reference, x):
 
 
 def capture(model, x):
-    """{module name: (weight, input rows)} of one forward pass.
+    """{module name: (weight, input rows)} of one forward pass, for many updates.
 
-    Of a reference, to be taken once for many updates. The weights share the
-    parameters' memory: of a model that trains on, capture a copy.
+    The weights share the parameters' memory: of a model that trains on, capture a copy.
     """
     model = _eager(model)
-    weights, rows, handles = {}, {}, []
+    weights, rows = {}, {}
 
     def keep(name, module, args, kwargs):
         weight = _weight(module)
         if weight is not None:
             weights[name] = weight
-            given = args[0] if args else next(iter(kwargs.values()))
-            # A copy, since what follows may work in place.
-            rows.setdefault(name, []).append(_rows(module, weight, given).clone())
+            given, *_ = *args, *kwargs.values()
+            row = _rows(module, weight, given).clone()  # what follows may work in place
+            rows.setdefault(name, []).append(row)
 
-    try:
+    with ExitStack() as hooks, _undisturbed(model) as forward, torch.no_grad():
         for name, module in model.named_modules():
             hook = partial(keep, name)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        with _undisturbed(model) as forward, torch.no_grad():
-            forward(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        forward(x)
     return {name: (weights[name], torch.cat(calls)) for name, calls in rows.items()}
 
 
 def _weight(module):
     """What multiplies _rows(module, ...); None if the output, bias aside, is not that.
 
-    The class's forward tells the kind: a subclass may compute something else. A
-    class of your own goes here and, if its input is no plain vector, into _rows.
+    The class's forward tells the kind: a subclass may compute something else.
+    Your own class goes here and, if its input is no plain vector, into _rows.
     """
     weight, forward = getattr(module, "weight", None), type(module).forward
     if not isinstance(weight, Tensor):
@@ -134,7 +131,7 @@ def _weight(module):
 def _is_rms_norm(module):
     """Whether it is weight * x / rms(x): Llama's, Qwen's, T5's; Gemma's has 1 + weight.
 
-    A copy with other gains and inputs is asked, as a model's state may hide it.
+    Asks a copy with other gains and inputs, as a model's state may hide it.
     """
     named = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
     if not named or [tensor.ndim for tensor in module.parameters(recurse=False)] != [1]:
@@ -193,14 +190,13 @@ def _wide(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _eager(model):
-    # Compiled code skips hooks set later and has no second derivative.
+def _eager(model):  # compiled code skips later hooks and has no second derivative
     return getattr(model, "_orig_mod", model)
 
 
 @contextmanager
 def _undisturbed(model):
-    """x -> model(x) in evaluation mode on copies of the buffers; restores modes and RNG."""
+    """x -> model(x) in evaluation mode on copies of the buffers; restores modes, RNG."""
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
@@ -219,20 +215,17 @@ def _undisturbed(model):
 def refined_coordinate_check(model, reference, x, layers=None):
     """{module name: {"effective", "propagating", "input", "input_change"}}.
 
-    These are the rms of dW x_t, W_0 dx, x_t and dx: torch-module-monitor's
-    `.weight` norms over sqrt(fan_out), sqrt(fan_in). The input is what the weight
-    multiplies: normalised for gains, a patch for a Conv2d. An Embedding has an
-    effective update only, else nan. `layers`: updates(model, reference, x).
+    The rms of dW x_t, W_0 dx, x_t and dx: torch-module-monitor's `.weight`
+    norms over sqrt(fan_out), sqrt(fan_in). The input is what the weight
+    multiplies. An Embedding has an effective update only, else nan. `layers`:
+    updates(model, reference, x).
     """
-    rows = {}
-    for name, layer in (layers or updates(model, reference, x)).items():
-        rows[name] = {
-            "effective": _rms(layer.effective),
-            "propagating": _rms(layer.propagating),
-            "input": math.nan if layer.dx is None else _rms(layer.x),
-            "input_change": _rms(layer.dx),
-        }
-    return rows
+    return {name: {
+        "effective": _rms(layer.effective),
+        "propagating": _rms(layer.propagating),
+        "input": _rms(layer.x),
+        "input_change": _rms(layer.dx),
+    } for name, layer in (layers or updates(model, reference, x)).items()}
 
 
 def alignment(model, reference, x, layers=None, reference_norms=None):
@@ -240,13 +233,12 @@ def alignment(model, reference, x, layers=None, reference_norms=None):
 
         |dW x_t| / (|dW|_F |x_t|),  |dW x_t| / (|dW|_op |x_t|),  |W_0 dx| / (|W_0|_op |dx|)
 
-    averaged over samples. Zero denominators do not count; nan where all are: dW = 0
-    at initialization, dx = 0 in the first layer. An Embedding's inputs are one-hot,
-    |x_t| = 1, and do not change: nan. `reference_norms`: a dict of the caller's, {}
-    at first, that keeps each |W_0|_op.
+    averaged over samples. Zero denominators do not count; nan where all are, as
+    at initialization or for dx in the first layer. An Embedding's inputs are
+    one-hot, |x_t| = 1, and do not change: nan. `reference_norms`: a dict, {} at
+    first, that keeps each |W_0|_op.
     """
-    norms = {} if reference_norms is None else reference_norms
-    rows = {}
+    norms, rows = {} if reference_norms is None else reference_norms, {}
     for name, layer in (layers or updates(model, reference, x)).items():
         update = layer.effective.norm(dim=-1)  # (N,)
         size, propagating = torch.ones_like(update), math.nan
@@ -254,8 +246,8 @@ def alignment(model, reference, x, layers=None, reference_norms=None):
             size = layer.x.norm(dim=-1)
             if name not in norms:
                 norms[name] = operator_norm(layer.w0)
-            most = norms[name] * layer.dx.norm(dim=-1)
-            propagating = _mean_ratio(layer.propagating.norm(dim=-1), most)
+            largest = norms[name] * layer.dx.norm(dim=-1)
+            propagating = _mean_ratio(layer.propagating.norm(dim=-1), largest)
         rows[name] = {
             "rms_update": _mean_ratio(update, layer.dw.norm() * size),
             "operator_update": _mean_ratio(update, operator_norm(layer.dw) * size),
@@ -267,8 +259,8 @@ def alignment(model, reference, x, layers=None, reference_norms=None):
 def layer_statistics(model, reference, x, layers=None):
     """{module name: {"output", "output_change", "dead_inputs"}}.
 
-    The rms of W_t x_t and of W_t x_t - W_0 x_0, and the fraction of inputs that are
-    zero for every sample: of dead ReLUs before (nan for an Embedding).
+    The rms of W_t x_t and of W_t x_t - W_0 x_0; the fraction of inputs that are
+    zero for every sample, as of dead ReLUs (nan for an Embedding).
     """
     rows = {}
     for name, layer in (layers or updates(model, reference, x)).items():
@@ -277,15 +269,19 @@ def layer_statistics(model, reference, x, layers=None):
         if layer.dx is not None:
             change = change + layer.propagating
             dead = (layer.x == 0).all(dim=0).float().mean().item()
-        rows[name] = {"output": _rms(output), "output_change": _rms(change), "dead_inputs": dead}
+        rows[name] = {
+            "output": _rms(output),
+            "output_change": _rms(change),
+            "dead_inputs": dead,
+        }
     return rows
 
 
 def logit_statistics(logits, targets, loss_fn):
     """{"rms", "margin", "chi"} of logits (..., K) at class indices (...), sample means.
 
-    margin: true logit minus the largest other. chi: rms over classes, where
-    loss_fn(logits, targets) is the mean over samples of loss_i.
+    margin: true logit minus the largest other. chi: rms over classes.
+    loss_fn(logits, targets) is the mean of loss_i.
     """
     _check_classes(logits, targets)
     logits = _wide(logits.detach()).requires_grad_()
@@ -306,7 +302,7 @@ def _check_classes(logits, targets):
 
 
 def _rms(rows):
-    if rows is None:
+    if rows is None or not rows.is_floating_point():  # an Embedding's
         return math.nan
     return (rows.norm(dim=-1).mean() / math.sqrt(rows.shape[-1])).item()
 
@@ -323,9 +319,9 @@ def operator_norm(weight, tolerance=1e-3, max_steps=300):
     """Largest singular value of a matrix, to 1e-3 relative or better; never a full SVD.
 
     Block Lanczos on the smaller of W^T W, W W^T until the residual is below
-    `tolerance` relative. Deterministic, without the global RNG. A vector stands
-    for a diagonal matrix (gains); more than two dimensions are flattened to
-    (fan_out, rest). nan where W is not finite.
+    `tolerance` relative. Deterministic. A vector stands for a diagonal matrix
+    (gains); more dimensions are flattened to (fan_out, rest). nan where W is
+    not finite.
     """
     weight = _wide(weight.detach())
     scale = weight.abs().max()
@@ -348,52 +344,46 @@ def operator_norm(weight, tolerance=1e-3, max_steps=300):
 def sharpness(model, loss_fn, x, y, preconditioner=None, tolerance=1e-4, max_steps=200):
     """Largest (most positive) Hessian eigenvalue of the scalar loss_fn(model(x), y).
 
-    Over the trainable parameters. With `preconditioner` P > 0, {name: tensor} or
-    a list in their order, that of P^-1/2 H P^-1/2; for Adam
+    Over the trainable parameters. With `preconditioner` P > 0, {name: tensor}
+    or a list in their order, that of P^-1/2 H P^-1/2; for Adam
     P = sqrt(v / (1 - beta2^t)) + eps (Cohen et al., arXiv 2207.14484). Lanczos
-    until the residual is below `tolerance` relative; a step is one Hessian-vector
-    product and keeps one vector. ValueError for a loss that is not a scalar, or a
-    preconditioner that does not fit or is not positive.
+    until the residual is below `tolerance` relative; a step is one product with
+    the Hessian and keeps one vector. ValueError for a loss that is not a
+    scalar, or a preconditioner that does not fit or is not positive.
     """
-    parameters, gradients = _gradients(model, loss_fn, x, y)
-    flat = _flatten(gradients)
-    scale = 1.0 if preconditioner is None else _inverse_root(preconditioner, parameters)
-    if not flat.requires_grad:  # the loss is linear in the parameters
-        return 0.0
-
-    def hessian(rows):  # (1, parameters)
-        products = torch.autograd.grad(
-            flat, list(parameters.values()), scale * rows[0], retain_graph=True, materialize_grads=True)
-        return scale * _flatten(products)[None]
-
-    return _top_eigenvalue(hessian, len(flat), flat.detach(), tolerance, max_steps, block=1)
-
-
-def _gradients(model, loss_fn, x, y):
-    """({name: trainable parameter}, their gradients, to derive once more); .grad is not touched."""
     model = _eager(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def gradient(output, *args, **kwargs):  # flat
+        return _flatten(torch.autograd.grad(
+            output, list(parameters.values()), *args, **kwargs, materialize_grads=True))
+
     # Fused attention kernels have no second derivative.
     with _undisturbed(model) as forward, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         loss = loss_fn(forward(x), y)
         if loss.ndim != 0:
             raise ValueError(
-                f"loss_fn must return a scalar, not shape {tuple(loss.shape)}: "
-                "reduce it, by its mean say")
-        gradients = torch.autograd.grad(
-            loss, list(parameters.values()), create_graph=True, materialize_grads=True)
-    return parameters, gradients
+                f"loss_fn must return a scalar, not shape {tuple(loss.shape)}: take its mean, say")
+        flat = gradient(loss, create_graph=True)
+    scale = 1.0 if preconditioner is None else _inverse_root(preconditioner, parameters)
+    if not flat.requires_grad:  # the loss is linear in the parameters
+        return 0.0
+
+    def hessian(rows):  # (1, parameters)
+        return scale * gradient(flat, scale * rows[0], retain_graph=True)[None]
+
+    return _top_eigenvalue(hessian, len(flat), flat.detach(), tolerance, max_steps, block=1)
 
 
 def _inverse_root(preconditioner, parameters):
-    """P^-1/2, flattened in the order of the parameters."""
+    """P^-1/2, flat, in the order of the parameters."""
     if not isinstance(preconditioner, dict):
         preconditioner = dict(zip(parameters, preconditioner))
     for name, parameter in parameters.items():
         entry, shape = preconditioner.get(name), parameter.shape
         if entry is None or entry.shape != shape or not (entry > 0).all():
-            raise ValueError(
-                f"preconditioner of {name!r} must be a positive tensor of shape {tuple(shape)}")
+            raise ValueError(f"preconditioner of {name!r} must be a positive tensor "
+                             f"of shape {tuple(shape)}")
     return _flatten(preconditioner[name].detach() for name in parameters).rsqrt()
 
 
@@ -404,11 +394,11 @@ def _flatten(tensors):
 def _top_eigenvalue(multiply, n, like, tolerance, max_steps, block):
     """Largest eigenvalue of a symmetric map A on R^n, multiply(rows (b, n)) -> (b, n).
 
-    Block Lanczos (power iteration that keeps its iterates), reorthogonalised:
-    V (k, n), of orthonormal rows, grows by A times its newest block. The top
-    eigenvalue of T = V A V^T, eigenvector s, is off one of A's by at most the
-    residual |L^T s_newest|, where L Q is what the newest block's image has
-    outside V. Read every fourth row, as that is a transfer from the device.
+    Block Lanczos, reorthogonalised: V (k, n), of orthonormal rows, grows by A
+    times its newest block. The top eigenvalue of T = V A V^T, eigenvector s, is
+    off one of A's by at most the residual |L^T s_newest|, where L Q is what the
+    newest block's image has outside V. Read every fourth row: that is a
+    transfer from the device.
     """
     generator = torch.Generator(like.device).manual_seed(0)
     noise = partial(torch.randn, generator=generator, device=like.device, dtype=like.dtype)
@@ -439,9 +429,8 @@ def _top_eigenvalue(multiply, n, like, tolerance, max_steps, block):
             if size == n or residual <= max(tolerance * abs(value), floor):
                 return value
             if size == limit:
-                warnings.warn(
-                    f"eigenvalue {value:.3g} has residual {residual:.1g}: raise {max_steps=}",
-                    stacklevel=3)
+                message = f"eigenvalue {value:.3g} has residual {residual:.1g}: raise {max_steps=}"
+                warnings.warn(message, stacklevel=3)
                 return value
         # Once more, since rounding left some of V in it.
         new = _orthonormal(new - new @ v.T @ v)[0][:limit - size]
@@ -464,7 +453,7 @@ def expected_calibration_error(logits, targets, bins=15):
     _check_classes(logits, targets)
     probabilities = _wide(logits.detach()).flatten(0, -2).softmax(dim=-1)
     confidence, prediction = probabilities.max(dim=-1)  # (N,)
-    excess = (prediction == targets.flatten()).to(confidence.dtype) - confidence
+    excess = (prediction == targets.flatten()).to(confidence) - confidence
     edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=confidence.device)
     bin_of = torch.bucketize(confidence, edges[1:-1])
     sums = excess.new_zeros(bins).index_add_(0, bin_of, excess)
@@ -475,8 +464,8 @@ def fit_exponent(widths, values):
     """(slope, intercept) of least squares on natural logs: exp(intercept) * widths**slope.
 
     values (W,), or (S, W) for S seeds: the line is fitted to their mean log.
-    ValueError for values that are not finite and positive, and for fewer than two
-    distinct widths.
+    ValueError for values not finite and positive, or fewer than two distinct
+    widths.
     """
     log_n, logs = _logs(widths, values)
     slope = _slope_weights(log_n) @ logs.mean(dim=0)
@@ -486,21 +475,24 @@ def fit_exponent(widths, values):
 def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=False):
     """Interval (low, high) of fit_exponent's slope, for values (S, W) of S seeds.
 
-    Student's t on the slope's variance, sum_w c_w^2 (s_w^2 / S + log(resolution_w)^2 / 12), c its weights.
-    s_w^2: variance at a width, of residuals from the means of width and seed, so that what a seed does at
-    every width alike counts for nothing; degrees of freedom by Welch and Satterthwaite, for widths that are
-    not equally noisy. equal_noise: one variance for all widths, (S-1) (W-1) degrees of freedom, narrower
-    where seeds are few. One seed: residuals from the line, W-2. (nan, nan) where no degree is left and the
-    values are exact. resolution: factor between neighbours of the values' grid, a number or (W,).
+    Student's t on the slope's variance, sum_w c_w^2 (s_w^2 / S + log(resolution_w)^2 / 12),
+    c its weights. s_w^2: variance at a width, of residuals from the means of
+    width and seed, so that what a seed does at every width alike counts for
+    nothing; degrees of freedom by Welch and Satterthwaite, as widths may not be
+    equally noisy. equal_noise: one variance for all widths, (S-1) (W-1)
+    degrees, narrower where seeds are few. One seed: residuals from the line,
+    W-2. (nan, nan) where no degree is left and the values are exact.
+    resolution: factor between neighbours of the values' grid, a number or (W,).
     """
     log_n, logs = _logs(widths, values)
-    weights, (seeds, count) = _slope_weights(log_n), logs.shape
-    mean, most = logs.mean(dim=0), max(seeds - 1, 1) * (count - 1)
+    weights, (seeds, count), mean = _slope_weights(log_n), logs.shape, logs.mean(dim=0)
     slope = (weights @ mean).item()
     if seeds == 1:
-        residuals, most = logs - mean.mean() - slope * (log_n - log_n.mean()), count - 2
+        most = count - 2
+        residuals = logs - mean.mean() - slope * (log_n - log_n.mean())
         squares = residuals.square().sum().expand(count) / max(most, 1)
     else:
+        most = (seeds - 1) * (count - 1)
         residuals = logs - mean - logs.mean(dim=1, keepdim=True) + logs.mean()
         squares = residuals.square().sum(dim=0) / ((seeds - 1) * (1 - 1 / count))
     if equal_noise:
@@ -508,25 +500,24 @@ def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=Fa
     noise = weights.square() * squares / seeds
     step = torch.as_tensor(resolution, dtype=torch.float64).log()
     variance = (noise + weights.square() * step.square() / 12).sum().item()
-    if most < 1:
-        freedom = math.inf if variance > 0 else 0
-    elif equal_noise or seeds == 1 or not noise.any():
-        freedom = most
-    else:
-        freedom = min(most, (seeds - 1) * (noise.sum().square() / noise.square().sum()).item())
-    if freedom == 0:
+    if most < 1 and variance == 0:
         return math.nan, math.nan
+    freedom = most if most > 0 else math.inf
+    if seeds > 1 and not equal_noise and noise.any():
+        ratio = noise.sum().square() / noise.square().sum()
+        freedom = min(most, (seeds - 1) * ratio.item())
     half = t_quantile((1 + level) / 2, freedom) * math.sqrt(variance)
     return slope - half, slope + half
 
 
 @cache
 def t_quantile(probability, freedom):
-    """Quantile of Student's t, above the median, by integrating its density over atan(t / sqrt(freedom))."""
+    """Quantile of Student's t above the median, integrated over atan(t / sqrt(freedom))."""
     if math.isinf(freedom):
         return NormalDist().inv_cdf(probability)
-    step = math.pi / 2 / 20_000
-    density = (step * torch.arange(20_001, dtype=torch.float64)).cos().clamp_min(0).pow(freedom - 1)
+    step = math.pi / 40_000
+    angles = step * torch.arange(20_001, dtype=torch.float64)
+    density = angles.cos().clamp_min(0).pow(freedom - 1)
     mass = torch.cat([density.new_zeros(1), torch.cumulative_trapezoid(density)])
     wanted = (2 * probability - 1) * mass[-1]
     at = torch.searchsorted(mass, wanted)
@@ -536,17 +527,15 @@ def t_quantile(probability, freedom):
 
 def _logs(widths, values):
     """Natural logs of widths (W,) and values (S, W), checked, in float64."""
-    widths = torch.as_tensor(widths, dtype=torch.float64, device="cpu")
-    values = torch.atleast_2d(torch.as_tensor(values, dtype=torch.float64, device="cpu"))
+    exact = partial(torch.as_tensor, dtype=torch.float64, device="cpu")
+    widths, values = exact(widths), torch.atleast_2d(exact(values))
     if values.ndim != 2 or widths.shape != values.shape[1:] or len(values) == 0:
-        raise ValueError(
-            f"widths {tuple(widths.shape)}, values {tuple(values.shape)}: "
-            "need (W,) and (W,) or (S, W)")
+        raise ValueError(f"widths {tuple(widths.shape)}, values {tuple(values.shape)}: "
+                         "need (W,) and (W,) or (S, W)")
     for name, tensor in (("widths", widths), ("values", values)):
         bad = tensor[~(tensor.isfinite() & (tensor > 0))].tolist()
         if bad:
-            raise ValueError(
-                f"{name} must be finite and positive to have an exponent, not {bad}: leave those out")
+            raise ValueError(f"{name} must be finite and positive, not {bad}: leave those out")
     if len(widths.unique()) < 2:
         raise ValueError(f"an exponent needs at least two distinct widths, not {widths.tolist()}")
     return widths.log(), values.log()

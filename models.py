@@ -1,16 +1,16 @@
 """Networks whose width is the only thing that grows, as in arXiv 2505.22491.
 
     MLP    ReLU network: no biases by default, flattened input, logits out
-    GPT    Pythia-like decoder (arXiv 2304.01373): pre-LayerNorm, attention and MLP side by side
-           (parallel residual), exact GELU, rotary embedding (arXiv 2104.09864) on a quarter of
-           each head, LayerNorm on q and k before it, no biases, untied embedding and readout.
-           head_dim is fixed and the number of heads grows: 1/sqrt(head_dim) is a constant
+    GPT    Pythia-like decoder (arXiv 2304.01373): pre-LayerNorm, attention and MLP side
+           by side (parallel residual), exact GELU, rotary embedding (arXiv 2104.09864) on
+           a quarter of each head, LayerNorm on q and k before it, no biases, untied
+           embedding and readout. head_dim is fixed and the number of heads grows
 
-    B, T   batch, tokens      D   width      V   vocabulary      H   heads      K   head_dim, D = H K
+    B, T   batch, tokens    D   width    V   vocabulary    H   heads    K   head_dim, D = H K
 
-Initial weights are those of torch.nn until `param.init_` draws them; build on the meta device to skip
-the first draw. Needs torch only and can be copied alone. Not included: dropout, caches for generation,
-biases and tied weights in GPT.
+Initial weights are those of torch.nn until `param.init_` draws them; the meta
+device skips the first draw. Needs torch only; can be copied alone. Not
+included: dropout, caches for generation, biases and tied weights in GPT.
 
     model = MLP(784, width=512, hidden_layers=3, d_out=10)
     model = GPT(vocab_size=256, width=256, layers=4, context=128)
@@ -37,39 +37,37 @@ ACTIVATIONS = {"relu": torch.relu, "identity": lambda x: x}
 class MLP(nn.Module):
     """d_in -> width -> ... -> width -> d_out; x (B, ...) -> logits (B, d_out).
 
-    hidden_layers counts hidden activations: 1 is the "2-layer MLP", 7 the paper's 8-layer MLP.
-    activation "identity" gives the deep linear net.
-    ValueError on an unknown activation or a size below one.
+    hidden_layers counts hidden activations: 7 is the paper's 8-layer MLP.
+    activation "identity" gives the deep linear net. ValueError on another, or a
+    size below one.
     """
 
     def __init__(self, d_in, width, hidden_layers, d_out, activation="relu", bias=False):
         super().__init__()
         if activation not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ValueError(f"unknown activation {activation!r}; choose from {known}")
+            raise ValueError(f"unknown activation {activation!r}; "
+                             f"choose from {', '.join(ACTIVATIONS)}")
         sizes = [d_in] + [width] * hidden_layers + [d_out]
         if min(sizes) < 1 or hidden_layers < 1:
             raise ValueError(f"MLP sizes must be at least one: d_in {d_in}, width {width}, "
                              f"hidden_layers {hidden_layers}, d_out {d_out}")
         self.activation = activation
-        self.layers = nn.ModuleList(nn.Linear(fan_in, fan_out, bias=bias)
-                                    for fan_in, fan_out in zip(sizes, sizes[1:]))
+        self.layers = nn.ModuleList(nn.Linear(*fans, bias=bias) for fans in zip(sizes, sizes[1:]))
 
     def forward(self, x):
-        activate = ACTIVATIONS[self.activation]
         x = x.flatten(1)  # (B, d_in)
         for layer in self.layers[:-1]:
-            x = activate(layer(x))  # (B, width)
+            x = ACTIVATIONS[self.activation](layer(x))  # (B, width)
         return self.layers[-1](x)  # (B, d_out)
 
 
 class GPT(nn.Module):
     """Decoder of `layers` blocks; tokens (B, T) with T <= context -> logits (B, T, V).
 
-    norm_affine: every LayerNorm has gains (never biases). qk_norm: q and k are normalized over each
-    head, with gains that all heads share. ValueError if head_dim does not divide width or is no
-    multiple of 8 (a quarter of it turns in pairs), for a size below one, and for more tokens than
-    context.
+    norm_affine: every LayerNorm has gains (never biases). qk_norm: q and k are
+    normalized over each head, with gains that all heads share. ValueError if
+    head_dim does not divide width or is no multiple of 8, for a size below one,
+    and for more tokens than context.
     """
 
     def __init__(self, vocab_size, width, layers, context, head_dim=32, norm_affine=True, qk_norm=True):
@@ -78,8 +76,8 @@ class GPT(nn.Module):
             raise ValueError(f"GPT sizes must be at least one: vocab_size {vocab_size}, width {width}, "
                              f"layers {layers}, context {context}, head_dim {head_dim}")
         if head_dim % 8:
-            raise ValueError(f"head_dim {head_dim} is no multiple of 8, so a quarter of it has no pairs "
-                             "to rotate; choose 8, 16, 32")
+            raise ValueError(f"head_dim {head_dim} is no multiple of 8, so a quarter of it has no "
+                             "pairs to rotate; choose 8, 16, 32")
         if width % head_dim:
             raise ValueError(f"width {width} is no multiple of head_dim {head_dim}; "
                              "choose one that is, or another head_dim")
@@ -134,7 +132,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)  # (B, T, H, K)
         q = rotate(self.norm_q(q), cos, sin).type_as(v)  # under autocast norms give float32
         k = rotate(self.norm_k(k), cos, sin).type_as(v)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, K)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -144,10 +142,7 @@ def layer_norm(size, affine):
 
 
 def rotate(x, cos, sin):
-    """x (B, T, H, K) with entries i, i + r of every head at position t turned by the angle t θ_i.
-
-    cos, sin (T, 1, r).
-    """
+    """x (B, T, H, K), entries i, i + r of each head turned by t θ_i; cos, sin (T, 1, r)."""
     r = cos.shape[-1]
     a, b, rest = x.split((r, r, x.shape[-1] - 2 * r), dim=-1)  # split's backward is one copy
     return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1).type_as(x)
@@ -158,10 +153,7 @@ _ROTARY_TABLES = {}
 
 
 def rotary_table(context, dims, device, dtype):
-    """cos and sin, each (context, 1, dims / 2), of the angles t θ_i with θ_i = 10000^(-2i / dims).
-
-    Made once per device and dtype.
-    """
+    """cos, sin (context, 1, dims / 2) of the angles t θ_i, θ_i = 10000^(-2i / dims); made once."""
     key = context, dims, device, dtype
     if key not in _ROTARY_TABLES:
         with torch.inference_mode(False):  # a table made in it could never be trained with
@@ -172,11 +164,11 @@ def rotary_table(context, dims, device, dtype):
     return _ROTARY_TABLES[key]
 
 
-# ---- networks of your own: "FILE.py:FUNCTION" names a function build(width) or build(width, shape) ----
+# ---- networks of your own: "FILE.py:FUNCTION" names build(width) or build(width, shape) ----
 
 class Shape(NamedTuple):
-    """What the data ask of a network: floats (B, inputs) -> logits (B, classes), or of text, token ids
-    (B, inputs) -> logits (B, inputs, classes)."""
+    """What the data ask of a network: floats (B, inputs) -> logits (B, classes);
+    of text, token ids (B, inputs) -> logits (B, inputs, classes)."""
     inputs: int
     classes: int
     text: bool
@@ -185,16 +177,13 @@ class Shape(NamedTuple):
 class Source(NamedTuple):
     path: Path
     build: object       # build(width) or build(width, shape) -> nn.Module
-    roles: object       # {parameter name or pattern: role}, or a function: name -> role or None
-    digest: str         # of the file, and of the files beside it that it imports
+    roles: object       # {parameter name or pattern: role}, or name -> role or None
+    digest: str         # of the file, and of those beside it that it imports
 
 
 @functools.cache
 def load(spec):
-    """The Source of "FILE.py:FUNCTION", read once.
-
-    ValueError: no such file or function, or what it raises.
-    """
+    """The Source of "FILE.py:FUNCTION", read once. ValueError: there is none, or it raises."""
     file, _, name = spec.rpartition(":")
     path = Path(file).resolve()
     if not path.is_file():
@@ -202,45 +191,46 @@ def load(spec):
     with _blaming(path):
         finder = modulefinder.ModuleFinder([str(path.parent)])
         finder.run_script(str(path))
-        files = {part.__name__: Path(part.__file__) for part in finder.modules.values() if part.__file__}
+        files = {name: Path(part.__file__) for name, part in finder.modules.items() if part.__file__}
         for part, beside in files.items():
             loaded = getattr(sys.modules.get(part), "__file__", None)
             if part != "__main__" and loaded and Path(loaded).resolve() != beside:
                 raise ImportError(f"{beside.name} bears the name of {loaded}, loaded before; rename it")
         sys.path.append(str(path.parent))
-        module_spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
-        module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
+        found = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
+        module = sys.modules[found.name] = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise ValueError(f"model is {spec!r}, and {file} has no function {name!r}; "
                          f"it has {', '.join(known) or 'none'}")
     roles = getattr(module, "roles", {})
     if not (isinstance(roles, dict) or callable(roles)):
-        raise ValueError(f"roles in {file} is a {type(roles).__name__}; it must be a dict, or a function of "
-                         "a parameter's name")
-    digest = hashlib.sha256(b"".join(files[part].read_bytes() for part in sorted(files))).hexdigest()
-    return Source(path, getattr(module, name), roles, digest[:16])
+        raise ValueError(f"roles in {file} is a {type(roles).__name__}; it must be a dict, or a "
+                         "function of a parameter's name")
+    content = b"".join(files[part].read_bytes() for part in sorted(files))
+    return Source(path, getattr(module, name), roles, hashlib.sha256(content).hexdigest()[:16])
 
 
 @contextlib.contextmanager
 def _blaming(path):
-    """What a file raises becomes a ValueError of one line, which names the line in that file."""
+    """What a file raises becomes a ValueError of one line, with the line in that file."""
     try:
         yield
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        line = lines[-1] if lines else getattr(error, "lineno", None) or 1
-        words = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(f"{path.name}:{line}: {type(error).__name__}: {' '.join(words[-1:])}") from error
+        line = getattr(error, "lineno", None) or 1      # of a file that does not parse
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename == str(path):
+                line = frame.lineno
+        *_, last = "", *str(error).strip().splitlines()
+        raise ValueError(f"{path.name}:{line}: {type(error).__name__}: {last.strip()}") from error
 
 
 def own(spec, width, shape):
-    """The network that a file builds, as it initializes it, in evaluation mode; an output with .logits
-    (transformers') is unwrapped.
-
-    ValueError: what its file raises, and what a stack of replicas cannot train (state outside the weights).
+    """The network that a file builds, as it initializes it, in evaluation mode;
+    outputs with .logits (transformers') are unwrapped. ValueError: what the
+    file raises, and what a stack of replicas cannot train (state outside the
+    weights).
     """
     source = load(spec)
     with _blaming(source.path):
@@ -252,22 +242,22 @@ def own(spec, width, shape):
         kind = f"{name or 'the model'} is a {type(module).__name__}"
         if getattr(module, "running_mean", None) is not None:
             raise ValueError(f"{kind}, whose running statistics all replicas of a stack would share; "
-                             "use LayerNorm or GroupNorm, or track_running_stats=False")
+                             "use LayerNorm, GroupNorm or track_running_stats=False")
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise ValueError(f"{kind} with p = {module.p}, which draws other numbers in a stack than alone; "
-                             "build the model with p = 0")
-    frozen = [name for name, weights in model.named_parameters() if not weights.requires_grad]
-    if frozen:
-        raise ValueError(f"{frozen[0]} has requires_grad=False; register it as a buffer")
+            raise ValueError(f"{kind} with p = {module.p}, which draws other numbers in a stack "
+                             "than alone; build the model with p = 0")
+    for name, weights in model.named_parameters():
+        if not weights.requires_grad:
+            raise ValueError(f"{name} has requires_grad=False; register it as a buffer")
     model.register_forward_hook(lambda module, args, output: getattr(output, "logits", output))
     return model.eval()
 
 
 @functools.lru_cache(64)
 def own_shapes(spec, width, shape):
-    """The same on the meta device, but for its buffers, after a forward and a backward pass on two samples.
+    """The same, its weights on the meta device, tried on two samples.
 
-    ValueError unless they become finite logits of the right shape that depend on every parameter.
+    ValueError unless logits are finite, of the right shape, and depend on every parameter.
     """
     model = own(spec, width, shape)
     expected = (2, shape.inputs, shape.classes) if shape.text else (2, shape.classes)
@@ -281,15 +271,15 @@ def own_shapes(spec, width, shape):
         raise ValueError(f"{spec} makes logits that are not finite at width {width}, before any training")
     weights = dict(model.named_parameters())
     grads = torch.autograd.grad(logits.sum(), list(weights.values()), allow_unused=True)
-    unused = [name for name, grad in zip(weights, grads) if grad is None]
-    if unused:
-        raise ValueError(f"the logits of {spec} do not depend on {unused[0]}; remove it")
+    for name, grad in zip(weights, grads):
+        if grad is None:
+            raise ValueError(f"the logits of {spec} do not depend on {name}; remove it")
     return put(model, [w.detach().to("meta") for w in weights.values()])
 
 
 def put(model, weights):
-    """The model with these tensors, in the order of model.parameters(), as its parameters: no copy, of any
-    device and dtype, in every place where a tied one is used."""
+    """The model with these tensors as its parameters, in their order: no copy,
+    of any device and dtype, in every place where a tied one is used."""
     new = {id(old): nn.Parameter(w) for old, w in zip(model.parameters(), weights)}
     for module in model.modules():
         module._parameters.update({name: new[id(old)] for name, old in module._parameters.items()

@@ -1,25 +1,27 @@
-"""Width-scaling exponents: one table, and the initial weights, learning rates and predictions it implies.
+"""Width-scaling exponents: one table, and the initial weights, learning rates
+and predictions it implies (arXiv 2505.22491: Haas, Bordt, von Luxburg,
+Vankadara).
 
-Companion to arXiv 2505.22491 (Haas, Bordt, von Luxburg, Vankadara); Propositions 1 and 2 are in `predict`.
-
-    n, n0   width and base width; m = n / n0, also below one. Everything coincides at m = 1.
-    b       initialization: std = (std at n0) * m^-b
-    c       learning rate: LR = base LR * m^-(c + alpha)
-    alpha   global exponent on top of c, for every tensor
+    n, n0   width and base width; m = n / n0, also below one. All coincides at m = 1.
+    b       initial std = (std at n0) * m^-b
+    c       LR = base LR * m^-(c + alpha)
+    alpha   global exponent, for every tensor
     γ       Adam's ε = (ε at n0) * m^-γ
     roles   input (only fan-out grows with width), hidden (both), output (only fan-in),
             vector (biases, norm gains)
 
-There are no multipliers in the forward pass. By abc symmetry, a multiplier n^-a with std n^-b and LR n^-c
-trains alike under a+θ, b-θ, c-2θ (SGD) or c-θ (Adam with ε along), so a = 0 loses nothing.
+No multipliers in the forward pass. By abc symmetry, a multiplier n^-a with std
+n^-b and LR n^-c trains alike under a+θ, b-θ, c-2θ (SGD) or c-θ (Adam with ε
+along): a = 0 is general.
 
-    base = MLP(784, 256, 3, 10)                                 # same architecture at the base width
+    base = MLP(784, 256, 3, 10)             # same architecture at the base width
     init_(model, base, "mup", generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(param_groups(model, base, "mup", "sgd", lr=0.1))
-    print(plan(model, base, "mup", "sgd", lr=0.1))              # look at it once: is anything scaled?
+    print(plan(model, base, "mup", "sgd", lr=0.1))      # once: is anything scaled?
 
-Needs torch only and can be copied alone. Schedules: group["lr"] = schedule(step) * group["base_lr"].
-Out of scope: depth scaling, and attention logits where d_head grows with width (mup needs sqrt(d0)/d_head).
+Schedules: group["lr"] = schedule(step) * group["base_lr"]. Needs torch only;
+can be copied alone. Out of scope: depth scaling, and attention logits where
+d_head grows with width (mup needs sqrt(d0)/d_head).
 """
 import math
 import warnings
@@ -61,16 +63,15 @@ PARAMETERIZATIONS = {
 OPTIMIZERS = ("sgd", "adam")
 TRAINABLE = {"all": ROLES, "readout": ("output",)}
 
-# bounded: is |dloss/dlogits| bounded, whatever the logits?
-# vanishes: does it tend to zero where the softmax saturates on the wrong class?
+# Of dloss/dlogits: is it bounded, and does it vanish where softmax saturates on a wrong class?
 Loss = namedtuple("Loss", "bounded vanishes")
 LOSSES = {
-    "ce":            Loss(bounded=True, vanishes=False),
-    "mse":           Loss(bounded=False, vanishes=False),
-    "brier":         Loss(bounded=True, vanishes=True),
-    "huber":         Loss(bounded=True, vanishes=False),
-    "hinge":         Loss(bounded=True, vanishes=False),
-    "squared_hinge": Loss(bounded=False, vanishes=False),
+    "ce":            Loss(True, False),
+    "mse":           Loss(False, False),
+    "brier":         Loss(True, True),
+    "huber":         Loss(True, False),
+    "hinge":         Loss(True, False),
+    "squared_hinge": Loss(False, False),
 }
 
 
@@ -83,96 +84,98 @@ def _choose(kind, value, allowed):
 def exponents(parameterization, optimizer, alpha=0.0):
     """{role: (b, c)} of the table above; alpha is added to every c. ValueError on an unknown name."""
     row = PARAMETERIZATIONS[_choose("parameterization", parameterization, PARAMETERIZATIONS)]
-    c = row[_choose("optimizer", optimizer, OPTIMIZERS)]
-    return {role: (row["b"][i], c[i] + alpha) for i, role in enumerate(ROLES)}
+    rates = row[_choose("optimizer", optimizer, OPTIMIZERS)]
+    return {role: (b, c + alpha) for role, b, c in zip(ROLES, row["b"], rates)}
 
 
 # ---- predictions: exponents of m for the size of updates, features and logits ----
 
 def predict(parameterization, optimizer, loss, alpha=0.0, hidden_layers=3, trainable="all", step=1):
-    """Width exponents under full alignment, and the training regime (Propositions 1 and 2).
+    """Width exponents under full alignment, and the regime (Propositions 1 and 2).
 
-    hidden_layers counts hidden activations, one more than hidden matrices. trainable: "all" or "readout"
-    (random features). step = 1: the first update, from the initial readout; larger: later ones, whose
-    backward signal also passes the readout's update. ValueError on unknown names. Returns an object with
+    hidden_layers counts hidden activations. trainable: "all" or "readout"
+    (random features). step 1 is the first update; later, the backward signal
+    also passes the readout's update. ValueError on unknown names. Returns an
+    object with
 
         .effective    [layer 1, ..., readout]   ΔW x; -inf where never updated
         .propagating  [layer 2, ..., readout]   W0 Δx
         .features     [hidden activation 1, ..., hidden_layers]   Δx
-        .logits       the logits themselves, initial ones included
-        .regime       "stable", "controlled divergence" or "catastrophic", of all steps together
-        .lower_bound  True at later steps of a catastrophic regime, where divergence feeds back from
-                      step to step (mse, sp, alpha = 0: hidden updates n^1.98 at step 4, for n^1)
+        .logits       the logits, initial ones included
+        .regime       "stable", "controlled divergence" or "catastrophic", of all steps
+        .lower_bound  True at later steps of a catastrophic regime, where divergence feeds
+                      back (mse, sp, alpha = 0: hidden updates n^1.98 at step 4, for n^1)
 
-    What carries over to a GPT: effective exponents and logits. Normalizations hand on inputs of order
-    one, so growing features are not catastrophic there, and the readout's propagating exponent is at
-    most 1 - b_out (sp, Adam, alpha = 0: 1/2, not 3/2).
+    In a GPT normalizations hand on inputs of order one: growing features are
+    not catastrophic, and the readout's propagating exponent is at most 1 -
+    b_out.
     """
     e = exponents(parameterization, optimizer, alpha)
     bounded = LOSSES[_choose("loss", loss, LOSSES)].bounded
     trained = TRAINABLE[_choose("trainable", trainable, TRAINABLE)]
     if hidden_layers < 1:
-        raise ValueError(f"hidden_layers is {hidden_layers}; a width needs at least one hidden activation")
-    b = {role: e[role][0] for role in ROLES}
-    c = {role: e[role][1] if role in trained else math.inf for role in ROLES}       # never updated: m^-inf
+        raise ValueError(f"hidden_layers is {hidden_layers}; choose at least one hidden activation")
+    b = {role: b for role, (b, _) in e.items()}
+    c = {role: c if role in trained else math.inf for role, (_, c) in e.items()}
 
-    # Backward through the readout: its initial entries, and from the second step on its update too.
+    # Backward through the readout: its initial entries, later on its update too.
     backward = -b["output"] if step <= 1 else -min(b["output"], c["output"])
     if optimizer == "adam":
-        backward = 0.0                              # divided away
+        backward = 0.0                          # divided away
 
-    # Proposition 2: a layer learns features at exponent 0. sp, SGD, alpha = 1/2: all but the first.
-    update_in = backward - c["input"]               # fixed fan-in
-    update_hidden = 1 + backward - c["hidden"]      # n aligned terms
-    update_out = 1 - c["output"]                    # n aligned terms, dloss/dlogits of order one
-    effective = [update_in] + [update_hidden] * (hidden_layers - 1) + [update_out]
-    features = [update_in] + [max(update_in, update_hidden)] * (hidden_layers - 1)
-    propagating = [0.5 - b["hidden"] + delta for delta in features[:-1]]    # independent: sqrt(n) terms
-    propagating.append(1 - b["output"] + features[-1])                      # W0, Δx aligned: n terms
+    # Proposition 2: a layer learns features at exponent 0.
+    update_in = backward - c["input"]           # fixed fan-in
+    update_hidden = 1 + backward - c["hidden"]  # n aligned terms
+    update_out = 1 - c["output"]                # n aligned terms, dloss/dlogits of order one
+    deeper = hidden_layers - 1
+    effective = [update_in] + [update_hidden] * deeper + [update_out]
+    features = [update_in] + [max(update_in, update_hidden)] * deeper
+    propagating = [0.5 - b["hidden"] + delta for delta in features[:-1]]    # sqrt(n) terms
+    propagating.append(1 - b["output"] + features[-1])      # W0, Δx aligned: n terms
     logits = max(0.5 - b["output"], update_out, propagating[-1])
 
-    # Proposition 1: the regime. Later steps have the larger exponents and decide. Diverging logits
-    # feed back through an unbounded derivative under SGD only: Adam divides its size away.
+    # Proposition 1: later steps have the larger exponents and decide. Diverging logits feed
+    # back through an unbounded derivative under SGD only: Adam divides its size away.
     feeds_back = logits > 0 and not bounded and optimizer == "sgd"
     if step <= 1:
-        regime = predict(parameterization, optimizer, loss, alpha, hidden_layers, trainable, 2).regime
+        later = predict(parameterization, optimizer, loss, alpha, hidden_layers, trainable, step=2)
+        regime = later.regime
     elif features[-1] > 0 or feeds_back:
         regime = "catastrophic"
     else:
         regime = "controlled divergence" if logits > 0 else "stable"
-    return SimpleNamespace(effective=effective, propagating=propagating, features=features, logits=logits,
-                           regime=regime, lower_bound=step > 1 and regime == "catastrophic")
+    return SimpleNamespace(
+        effective=effective, propagating=propagating, features=features, logits=logits,
+        regime=regime, lower_bound=step > 1 and regime == "catastrophic")
 
 
 def max_stable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainable="all"):
     """Smallest alpha whose regime is not catastrophic: the maximal stable LR falls as n^-alpha.
 
-    Proposition 1: sp, SGD, deep: 1/2 under ce, 1 under mse (Adam: 1 under both). -inf is no bound, as
-    nothing feeds back (only the readout trains, ce); data that are not separable still set an edge by
-    the loss.
+    Proposition 1: sp, SGD, deep: 1/2 under ce, 1 under mse (Adam: 1 under
+    both). -inf: no bound (only the readout trains, ce); data that are not
+    separable still set an edge.
     """
-    def stable(alpha):
-        later = predict(parameterization, optimizer, loss, alpha, hidden_layers, trainable, step=2)
-        return later.regime != "catastrophic"
-    return _smallest_alpha(stable)
+    return _smallest_alpha(False, parameterization, optimizer, loss, hidden_layers, trainable)
 
 
 def max_trainable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainable="all"):
-    """Smallest alpha at which a network is stable and trains: max_stable_alpha for all losses but brier.
+    """Smallest alpha at which a network is stable and trains: differs under brier only.
 
-    A loss whose derivative vanishes trains only while its logits do not diverge: beyond, softmax
-    saturates, wrong samples cease to pull (under Adam below its ε), and nothing blows up. sp, SGD,
-    deep, brier: 1, not 1/2. A derivation of ours beside the paper's Proposition 1.
+    Where logits diverge, softmax saturates and wrong samples cease to pull
+    (under Adam below its ε), though nothing blows up. sp, SGD, deep, brier: 1,
+    not 1/2. Ours, not the paper's.
     """
-    def trains(alpha):
+    return _smallest_alpha(True, parameterization, optimizer, loss, hidden_layers, trainable)
+
+
+def _smallest_alpha(trains, parameterization, optimizer, loss, hidden_layers, trainable):
+    """By bisection, as all exponents fall with alpha. -inf: it always holds, inf: never."""
+    def holds(alpha):
         later = predict(parameterization, optimizer, loss, alpha, hidden_layers, trainable, step=2)
-        saturated = LOSSES[loss].vanishes and later.logits > 0
+        saturated = trains and LOSSES[loss].vanishes and later.logits > 0
         return later.regime != "catastrophic" and not saturated
-    return _smallest_alpha(trains)
 
-
-def _smallest_alpha(holds):
-    """By bisection, as all exponents of `predict` fall with alpha. -inf: always holds, inf: never."""
     low, high = -64.0, 64.0
     if holds(low):
         return -math.inf
@@ -186,27 +189,25 @@ def _smallest_alpha(holds):
 
 # ---- roles and width ratios of any model, from shapes alone ----
 
-# m: ratio to the base width along the dimension that the role reads (input: fan-out, else fan-in).
-# base_std: standard deviation at the base width, with gain 1.
+# m: ratio to the base width along the dimension that the role reads (input: fan-out, else
+# fan-in). base_std: standard deviation at the base width, with gain 1.
 Scaled = namedtuple("Scaled", "name tensor role m base_std owner")
 
 # The dimensions (fan-out, fan-in), by class name, so that no package need be imported.
 _FAN_DIMS = {
-    "Linear": (0, 1), "Conv1d": (0, 1), "Conv2d": (0, 1), "Conv3d": (0, 1),
-    "Embedding": (1, 0), "EmbeddingBag": (1, 0), "Conv1D": (1, 0),              # Conv1D: transformers'
-    "ConvTranspose1d": (1, 0), "ConvTranspose2d": (1, 0), "ConvTranspose3d": (1, 0)}
+    **dict.fromkeys(("Linear", "Conv1d", "Conv2d", "Conv3d"), (0, 1)),
+    **dict.fromkeys(("Embedding", "EmbeddingBag", "Conv1D"), (1, 0)),       # transformers' Conv1D
+    **dict.fromkeys(("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"), (1, 0))}
 
 # torch.nn.utils' hooks and parametrizations that replace a weight's scale.
 _RESCALING = {"WeightNorm", "_WeightNorm", "SpectralNorm", "_SpectralNorm", "_Orthogonal"}
 
 _NOTHING_SCALES = (
-    "NOTHING SCALES: model and base have the same shapes, so every parameterization is the standard "
-    "one here. Pass the same architecture at another width as base, or, at the base width itself, "
-    "roles as overrides")
+    "NOTHING SCALES: model and base have the same shapes. Pass the same architecture at another "
+    "width as base, or, at the base width itself, roles as overrides")
 
 
-def _plain(name):
-    """A parameter's name without torch.compile's prefix."""
+def _plain(name):       # without torch.compile's prefix
     return name.replace("_orig_mod.", "")
 
 
@@ -218,7 +219,7 @@ def _fan_dims(owner):
 
 
 def _fan_in(tensor, owner):
-    """Number of summands behind one output, as in torch.nn.init, but 1 for tables: they pick a row."""
+    """Summands behind one output, as in torch.nn.init, but 1 for tables: they pick a row."""
     if tensor.ndim <= 1 or isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         return 1
     fan_in = (_fan_dims(owner) or (0, 1))[1]
@@ -227,12 +228,12 @@ def _fan_in(tensor, owner):
 
 def _role_and_ratio(name, tensor, base_tensor, owner, role):
     """(role, m) of one tensor; role None (no override) is read off the dimensions that scale."""
-    ratios = [size / base_size for size, base_size in zip(tensor.shape, base_tensor.shape)]
+    ratios = [n / n0 for n, n0 in zip(tensor.shape, base_tensor.shape)]
     scaling = [ratio for ratio in ratios if ratio != 1]
     dims = _fan_dims(owner)
     if role is None:
         if tensor.ndim <= 1 or not scaling:
-            role = "vector"         # also of fixed shape (a readout's bias): m = 1, no exponent acts
+            role = "vector"         # also of fixed shape (a readout's bias): m = 1
         elif len(scaling) > 1:
             role = "hidden"
         elif dims is None:
@@ -246,7 +247,8 @@ def _role_and_ratio(name, tensor, base_tensor, owner, role):
     largest = max(scaling, default=1.0, key=lambda ratio: abs(math.log(ratio)))
     if tensor.ndim <= 1 or role == "vector":
         return role, largest
-    m = ratios[(dims or (0, 1))[0 if role == "input" else 1]]
+    fan_out, fan_in = dims or (0, 1)
+    m = ratios[fan_out if role == "input" else fan_in]
     return role, largest if dims is None and m == 1 else m
 
 
@@ -255,68 +257,67 @@ def _refuse_rescaled(name, owner):
     found = {type(part).__name__ for part in attached} & _RESCALING
     if found:
         raise ValueError(
-            f"{name}: {found.pop().lstrip('_')} replaces the scale that init_ draws by one without "
-            "exponents; remove it (remove_weight_norm or remove_spectral_norm of torch.nn.utils, or "
-            "remove_parametrizations of torch.nn.utils.parametrize)")
+            f"{name}: {found.pop().lstrip('_')} replaces the scale that init_ draws; use torch.nn.utils' "
+            "remove_weight_norm or remove_spectral_norm, or parametrize.remove_parametrizations")
 
 
-def _scaled(model, base, overrides=None):
-    """[Scaled] for every parameter of model; the reading of shapes that all public functions share."""
-    overrides = {_plain(name): role for name, role in (overrides or {}).items()}
+def _scaled(model, base, overrides):
+    """[Scaled] for every parameter of model: the reading of shapes that all below share.
+
+    Warns the caller's caller if nothing scales and no roles are given.
+    """
+    roles = {_plain(name): role for name, role in (overrides or {}).items()}
     base_tensors = {_plain(name): p for name, p in base.named_parameters(remove_duplicate=False)}
     modules = dict(model.named_modules(remove_duplicate=False))
     records = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         base_tensor = base_tensors.pop(_plain(name), None)
         if base_tensor is None or base_tensor.ndim != tensor.ndim:
-            raise ValueError(f"{name} {tuple(tensor.shape)} has no counterpart in base; "
-                             "base must be the same architecture at another width (same depth, same names)")
+            raise ValueError(f"{name} {tuple(tensor.shape)} has no counterpart in base; pass the same "
+                             "architecture at another width (same depth, same names)")
         owner = modules[name.rpartition(".")[0]]
         _refuse_rescaled(name, owner)
-        role, m = _role_and_ratio(name, tensor, base_tensor, owner, overrides.pop(_plain(name), None))
+        role, m = _role_and_ratio(name, tensor, base_tensor, owner, roles.pop(_plain(name), None))
         record = Scaled(name, tensor, role, m, _fan_in(base_tensor, owner) ** -0.5, owner)
         first = records.setdefault(id(tensor), record)
         if first.role != role:
-            raise ValueError(
-                f"{first.name} ({first.role}) and {name} ({role}) are one tied tensor, which has no "
-                "single role; untie them (transformers: tie_word_embeddings=False)")
-    if overrides or base_tensors:
-        raise ValueError(f"no parameter of the model is called {', '.join([*overrides, *base_tensors])}")
+            raise ValueError(f"{first.name} ({first.role}) and {name} ({role}) are one tied tensor; "
+                             "untie them (transformers: tie_word_embeddings=False)")
+    if roles or base_tensors:
+        raise ValueError(f"no parameter of the model is called {', '.join([*roles, *base_tensors])}")
+    if all(r.m == 1 for r in records.values()) and not overrides:
+        warnings.warn(_NOTHING_SCALES, stacklevel=3)
     return list(records.values())
 
 
-def _warn_if_nothing_scales(records, overrides):
-    if all(r.m == 1 for r in records) and not overrides:
-        warnings.warn(_NOTHING_SCALES, stacklevel=3)
-
-
 def infer_roles(model, base, overrides=None):
-    """{parameter name: role}, from comparing shapes with base, the same architecture at another width.
+    """{parameter name: role}, by shapes beside base's, the same architecture at another width.
 
-    base may live on the meta device. Fan-in and fan-out are known for nn.Linear, nn.Conv*, one-group
-    nn.ConvTranspose*, nn.Embedding(Bag) and transformers' Conv1D. All else is read as (fan_out, fan_in, ...):
-    hidden where two dimensions scale; where one does, give overrides={name: role}. A matrix stored the
-    other way round, or a table that is a bare nn.Parameter, needs its std given to init_ as well.
+    base may live on the meta device. Fan-in and fan-out are known for
+    nn.Linear, nn.Conv*, one-group nn.ConvTranspose*, nn.Embedding(Bag) and
+    transformers' Conv1D. All else is read as (fan_out, fan_in, ...): hidden
+    where two dimensions scale; where one does, give overrides={name: role}. A
+    matrix stored the other way round, or a table that is a bare nn.Parameter,
+    needs its std given to init_ as well.
 
-    ValueError if the architectures differ, input and output cannot be told apart, one tied tensor has
-    two roles (an embedding used as readout), or under weight_norm and its like. Warns if nothing scales.
+    ValueError if the architectures differ, input and output cannot be told
+    apart, one tied tensor has two roles, or under weight_norm and its like.
+    Warns if nothing scales.
     """
-    records = _scaled(model, base, overrides)
-    _warn_if_nothing_scales(records, overrides)
-    return {r.name: r.role for r in records}
+    return {r.name: r.role for r in _scaled(model, base, overrides)}
 
 
 # ---- initial weights and learning rates ----
 
 def _init_stds(records, parameterization, gain, std):
-    """{name: standard deviation at the model's width}; arguments as in init_."""
+    """Standard deviation of each record at the model's width; arguments as in init_."""
     std = {_plain(key): value for key, value in (std or {}).items()}
     for key in std:
         _choose("name or role in std:", key, (*ROLES, *(_plain(r.name) for r in records)))
-    e, stds = exponents(parameterization, "sgd"), {}
+    e, stds = exponents(parameterization, "sgd"), []
     for r in records:
         at_base = std.get(_plain(r.name), std.get(r.role, gain * r.base_std))
-        stds[r.name] = at_base * r.m ** -e[r.role][0]
+        stds.append(at_base * r.m ** -e[r.role][0])
     return stds
 
 
@@ -324,23 +325,21 @@ def init_(model, base, parameterization, generator=None, zero_readout=False, gai
           std=None, overrides=None):
     """Draws every weight of model in place, N(0, std²), and returns model. Twice is as once.
 
-    std = m^-b * gain / sqrt(base fan-in), gain sqrt(2) being He's for ReLU, the readout included; an
-    embedding's one-hot input has fan-in 1. std={name or role: value at the base width} replaces either.
-    Biases and padding rows become 0, norm gains 1, other vectors stay. zero_readout sets output weights
-    to 0. Weights are drawn on the generator's device in the order of model.named_parameters(), so a CPU
-    generator gives the same weights anywhere.
+    std = m^-b * gain / sqrt(base fan-in); gain sqrt(2) is He's for ReLU, an
+    embedding has fan-in 1. std={name or role: value at the base width} replaces
+    either. Biases and padding rows become 0, norm gains 1, other vectors stay.
+    Draws on the generator's device in the order of model.named_parameters(): a
+    CPU generator gives the same weights anywhere.
     """
     records = _scaled(model, base, overrides)
-    _warn_if_nothing_scales(records, overrides)
     if zero_readout and not any(r.role == "output" for r in records):
-        raise ValueError("zero_readout needs an output tensor, and none has that role: " + _NOTHING_SCALES)
-    stds = _init_stds(records, parameterization, gain, std)
-    for r in records:
+        raise ValueError("zero_readout needs an output tensor: " + _NOTHING_SCALES)
+    for r, size in zip(records, _init_stds(records, parameterization, gain, std)):
         tensor = r.tensor.data
         if tensor.ndim > 1:
             device = tensor.device if generator is None else generator.device
             drawn = tensor.new_empty(tensor.shape, device=device)
-            tensor.copy_(drawn.normal_(0, stds[r.name], generator=generator))
+            tensor.copy_(drawn.normal_(0, size, generator=generator))
             if zero_readout and r.role == "output":
                 tensor.zero_()
             if getattr(r.owner, "padding_idx", None) is not None:
@@ -353,24 +352,23 @@ def init_(model, base, parameterization, generator=None, zero_readout=False, gai
 
 
 def own_stds(base):
-    """{name: RMS} of the weights that base was built with, those that are constant left out."""
-    return {_plain(name): w.detach().square().mean().sqrt().item() for name, w in base.named_parameters()
+    """{name: RMS} of the weights that base was built with; constant ones are left out."""
+    weights = {_plain(name): w.detach() for name, w in base.named_parameters()}
+    return {name: w.square().mean().sqrt().item() for name, w in weights.items()
             if (w != w.flatten()[0]).any()}
 
 
 def rescale_(model, base, parameterization, overrides=None):
-    """Keeps the model's own initialization instead of init_'s: scales every weight, as built, to the RMS that
-    it has in base times m^-b, and returns model. Constant tensors (zeros, ones) stay. Twice is as once.
-
-    base must hold its weights, built like the model's; at the base width nothing changes.
+    """The model's own initialization kept: scales every weight, as built, to
+    m^-b times its RMS in base, which must hold its weights, and returns model.
+    Constant tensors stay. Twice is as once.
     """
     records = _scaled(model, base, overrides)
-    _warn_if_nothing_scales(records, overrides)
     now, at_base = own_stds(model), own_stds(base)
-    wanted = _init_stds(records, parameterization, 1.0, at_base)
-    for r in records:
-        if _plain(r.name) in now and _plain(r.name) in at_base:
-            r.tensor.data.mul_(wanted[r.name] / now[_plain(r.name)])
+    for r, wanted in zip(records, _init_stds(records, parameterization, 1.0, at_base)):
+        name = _plain(r.name)
+        if name in now and name in at_base:
+            r.tensor.data.mul_(wanted / now[name])
     return model
 
 
@@ -378,19 +376,15 @@ def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0, weight
                  role_lr=None, overrides=None):
     """Parameter groups for torch.optim, one per role and width ratio. Plain numbers, no tags.
 
-    lr, weight_decay and eps are the values at the base width. Each group has params, names, role, lr
-    and base_lr (equal), weight_decay (lr * weight_decay does not change with width) and eps.
-    role_lr={role: factor} multiplies LRs at every width (tunable constants; 0 freezes a role).
-
-    Weight decay is for SGD and AdamW. torch.optim.Adam adds it to the gradient, which in mup shrinks
-    with width and is outgrown by it.
-
-    m^-alpha uses the model's one width ratio, for tensors of fixed shape too; ValueError if tensors
-    disagree on it and alpha is not 0, and for unknown names.
+    lr, weight_decay and eps are the values at the base width. Each group has
+    params, names, role, lr and base_lr (equal), weight_decay (lr * weight_decay
+    does not change with width) and eps. role_lr={role: factor} multiplies LRs
+    at every width (0 freezes a role). Weight decay is for SGD and AdamW: Adam
+    adds it to gradients, which in mup shrink with width. m^-alpha uses the
+    model's one width ratio, for tensors of fixed shape too. ValueError if
+    tensors disagree on it and alpha is not 0, and for unknown names.
     """
-    records = _scaled(model, base, overrides)
-    _warn_if_nothing_scales(records, overrides)
-    role_lr = dict(role_lr or {})
+    records, role_lr = _scaled(model, base, overrides), role_lr or {}
     for role in role_lr:
         _choose("role", role, ROLES)
     if role_lr and all(r.role == "vector" for r in records):
@@ -399,47 +393,42 @@ def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0, weight
     if alpha != 0 and len(ratios) > 1:
         raise ValueError(f"alpha needs one width ratio, but tensors scale by {ratios}; "
                          "widen every dimension together or use alpha=0")
-    e = exponents(parameterization, optimizer)
+    e, groups = exponents(parameterization, optimizer), {}
     gamma = dict(zip(ROLES, PARAMETERIZATIONS[parameterization]["adam_eps"]))
-    groups = {}
     for r in records:
-        if (r.role, r.m) not in groups:
-            width_factor = r.m ** -e[r.role][1] * ratios[0] ** -alpha
-            group_lr = lr * width_factor * role_lr.get(r.role, 1.0)
-            groups[r.role, r.m] = {
-                "params": [], "names": [], "role": r.role, "lr": group_lr, "base_lr": group_lr,
-                "weight_decay": weight_decay / width_factor, "eps": eps * r.m ** -gamma[r.role]}
-        groups[r.role, r.m]["params"].append(r.tensor)
-        groups[r.role, r.m]["names"].append(r.name)
+        width_factor = r.m ** -e[r.role][1] * ratios[0] ** -alpha
+        group_lr = lr * width_factor * role_lr.get(r.role, 1.0)
+        group = groups.setdefault((r.role, r.m), {
+            "params": [], "names": [], "role": r.role, "lr": group_lr, "base_lr": group_lr,
+            "weight_decay": weight_decay / width_factor, "eps": eps * r.m ** -gamma[r.role]})
+        group["params"].append(r.tensor)
+        group["names"].append(r.name)
     return list(groups.values())
 
 
 def plan(model, base, parameterization, optimizer, lr, alpha=0.0, weight_decay=0.0, eps=1e-8,
          role_lr=None, gain=2 ** 0.5, overrides=None, std=None):
-    """A table to read before training: shape, role, m, init std, LR, weight decay and ε of each tensor.
+    """A table of every tensor to read before training; arguments as in init_ and param_groups.
 
-    Says so right below its heading when nothing scales and no roles are given. Arguments as in init_ and
-    param_groups.
+    Says so below its heading when nothing scales.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         records = _scaled(model, base, overrides)
         groups = param_groups(
             model, base, parameterization, optimizer, lr, alpha, weight_decay, eps, role_lr, overrides)
     group_of = {name: group for group in groups for name in group["names"]}
-    stds = _init_stds(records, parameterization, gain, std)
     rows = [("tensor", "shape", "role", "m", "init std", "lr", "weight decay", "eps")]
-    for r in records:
+    for r, size in zip(records, _init_stds(records, parameterization, gain, std)):
         group = group_of[r.name]
-        drawn = f"{stds[r.name]:.4g}" if r.tensor.ndim > 1 else "-"
-        group_eps = f"{group['eps']:.3g}" if optimizer == "adam" else "-"
         rows.append((
-            r.name, "x".join(map(str, r.tensor.shape)), r.role, f"{r.m:g}", drawn,
-            f"{group['lr']:.4g}", f"{group['weight_decay']:.4g}", group_eps))
+            r.name, "x".join(map(str, r.tensor.shape)), r.role, f"{r.m:g}",
+            f"{size:.4g}" if r.tensor.ndim > 1 else "-",
+            f"{group['lr']:.4g}", f"{group['weight_decay']:.4g}",
+            f"{group['eps']:.3g}" if optimizer == "adam" else "-"))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [f"{parameterization}, {optimizer}, lr {lr:g}, alpha {alpha:g}"]
-    if all(r.m == 1 for r in records) and not overrides:
+    if any(str(warning.message) == _NOTHING_SCALES for warning in caught):
         lines.append(_NOTHING_SCALES)
-    for row in rows:
-        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     return "\n".join(lines)
