@@ -66,6 +66,7 @@ TRAINABLE = {"all": ROLES, "readout": ("output",)}
 # Of dloss/dlogits: is it bounded, and does it vanish where softmax saturates on a wrong class?
 Loss = namedtuple("Loss", "bounded vanishes")
 LOSSES = {
+    #                    (bounded, vanishes)
     "ce":            Loss(True, False),
     "mse":           Loss(False, False),
     "brier":         Loss(True, True),
@@ -93,9 +94,9 @@ def exponents(parameterization, optimizer, alpha=0.0):
 def predict(parameterization, optimizer, loss, alpha=0.0, hidden_layers=3, trainable="all", step=1):
     """Width exponents under full alignment, and the regime (Propositions 1 and 2).
 
-    hidden_layers counts hidden activations. trainable: "all" or "readout"
-    (random features). step 1 is the first update; later, the backward signal
-    also passes the readout's update. ValueError on unknown names. Returns an
+    hidden_layers counts hidden activations, one more than hidden matrices.
+    trainable: "all" or "readout" (random features). step 1 is the first update;
+    later, the backward signal also passes the readout's update. ValueError on unknown names. Returns an
     object with
 
         .effective    [layer 1, ..., readout]   ΔW x; -inf where never updated
@@ -123,7 +124,7 @@ def predict(parameterization, optimizer, loss, alpha=0.0, hidden_layers=3, train
     if optimizer == "adam":
         backward = 0.0                          # divided away
 
-    # Proposition 2: a layer learns features at exponent 0.
+    # Proposition 2: a layer learns features at exponent 0. sp, SGD, alpha = 1/2: all but the first.
     update_in = backward - c["input"]           # fixed fan-in
     update_hidden = 1 + backward - c["hidden"]  # n aligned terms
     update_out = 1 - c["output"]                # n aligned terms, dloss/dlogits of order one
@@ -134,7 +135,7 @@ def predict(parameterization, optimizer, loss, alpha=0.0, hidden_layers=3, train
     propagating.append(1 - b["output"] + features[-1])      # W0, Δx aligned: n terms
     logits = max(0.5 - b["output"], update_out, propagating[-1])
 
-    # Proposition 1: later steps have the larger exponents and decide. Diverging logits feed
+    # Proposition 1, the regime: later steps have the larger exponents and decide. Diverging logits feed
     # back through an unbounded derivative under SGD only: Adam divides its size away.
     feeds_back = logits > 0 and not bounded and optimizer == "sgd"
     if step <= 1:
@@ -207,7 +208,8 @@ _NOTHING_SCALES = (
     "width as base, or, at the base width itself, roles as overrides")
 
 
-def _plain(name):       # without torch.compile's prefix
+def _plain(name):
+    """A parameter's name without torch.compile's prefix."""
     return name.replace("_orig_mod.", "")
 
 

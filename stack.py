@@ -169,7 +169,8 @@ def make(model, initial, lr, weight_decay=0.0, eps=1e-8, moments=0, device="cpu"
     return stack
 
 
-def state(stack):       # what must be kept to go on
+def state(stack):
+    """What must be kept to go on."""
     return {key: tensors for key, tensors in stack.items() if key not in SCRATCH}
 
 
