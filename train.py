@@ -132,12 +132,12 @@ def is_text(config):
 
 
 def is_own(config):
-    """Is the network one of the user's?"""
+    """Is the network a user's?"""
     return ":" in config["model"]
 
 
 def configure(run):
-    """All settings of a run, defaults filled in. InputError names a bad value and what is allowed."""
+    """A run's settings, defaults filled in. InputError names a bad value and what is allowed."""
     for name in run:
         if name not in SETTINGS:
             raise InputError(f"unknown setting {name!r}; choose from {', '.join(SETTINGS)}")
@@ -165,7 +165,8 @@ def configure(run):
 def check_together(config):
     """InputError for settings that do not fit one another."""
     model, parts, head = itemgetter("model", "accumulate", "head_dim")(config)
-    require(config, "batch_size", config["batch_size"] % parts == 0, f"a multiple of accumulate = {parts}")
+    require(config, "batch_size", config["batch_size"] % parts == 0,
+            f"a multiple of accumulate = {parts}")
     require(config, "warmup", config["warmup"] <= config["steps"], f"at most steps = {config['steps']}")
     require(config, "data", model != "mlp" or not is_text(config),
             f"one of {', '.join(data.SHAPES)} for model mlp")
@@ -182,7 +183,7 @@ def require(config, name, holds, words):
 
 
 def run_id(config):
-    """Identity of a run: a hash of its full configuration."""
+    """A hash of the full configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -205,7 +206,7 @@ def shape_of(config):
 
 
 def network(config, width, own=models.own):
-    """The network at a width, with the initial weights that it gives itself."""
+    """The network at a width, initialized as it does itself."""
     shape = shape_of(config)
     if is_own(config):
         return own(config["model"], width, shape)
@@ -219,10 +220,10 @@ def network(config, width, own=models.own):
 def build(config, device="cpu"):
     """(model, its base, {parameter name: role}), on the meta device: only shapes matter here.
 
-    Buffers, which a network of the user's may have, are its own, on the device. InputError.
+    The buffers of a user's network are its own, on the device. InputError.
     """
-    base_width = config["base_width"]
-    widths = config["width"], base_width, 2 * base_width    # the last tells roles at the base width too
+    width, base_width = config["width"], config["base_width"]
+    widths = width, base_width, 2 * base_width      # the last tells roles at the base width too
     with refusing(), torch.device("cpu" if is_own(config) else "meta"):
         model, base, wider = (network(config, width, models.own_shapes) for width in widths)
         model = copy.deepcopy(model)            # own_shapes hands out the same one again
@@ -245,7 +246,7 @@ def description(config, model, base, roles):
 
 
 def roles_of(config, model, base):
-    """{parameter name: role}, from shapes but for those that --roles, or the network's own file, tell."""
+    """{parameter name: role}, from shapes where neither --roles nor the network's file tells it."""
     names = [name for name, _ in model.named_parameters()]
     told = models.load(config["model"]).roles if is_own(config) else {}
     if callable(told):
@@ -255,16 +256,16 @@ def roles_of(config, model, base):
     for pattern, role in told.items():
         found = fnmatch.filter(names, pattern)
         if not found:
-            raise ValueError(f"roles name {pattern!r}, which is no parameter; "
-                             f"choose from {', '.join(names)}")
+            known = ", ".join(names)
+            raise ValueError(f"roles name {pattern!r}, which is no parameter; choose from {known}")
         overrides.update(dict.fromkeys(found, role))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             roles = param.infer_roles(model, base, overrides)
     except ValueError as error:
-        what, tells_how, _ = str(error).partition("; pass overrides=")
-        if not tells_how:
+        what, untold, _ = str(error).partition("; pass overrides=")
+        if not untold:
             raise
         raise ValueError(f"{what}; give it a role by --roles NAME=ROLE, or by roles = {{NAME: ROLE}} "
                          f"in its file; roles: {', '.join(param.ROLES)}") from None
@@ -341,7 +342,7 @@ def rule_of(config):
 
 
 def replica_init(run, model, base, roles, dtype):
-    """The initial weights of one run, [shape] in the model's order, on the CPU, from its seed alone."""
+    """A run's initial weights, [shape] in the model's order, on the CPU, from its seed alone."""
     if run["init"] == "own":
         fresh, built = (as_built(run, run[width]).to(dtype) for width in ("width", "base_width"))
         param.rescale_(fresh, built, run["param"], roles)
@@ -357,7 +358,7 @@ def replica_init(run, model, base, roles, dtype):
 
 
 def as_built(run, width):
-    """The network with the weights that it gives itself, from the run's seed alone."""
+    """The network at a width as it initializes itself, from the run's seed alone."""
     with torch.random.fork_rng(devices=[]), refusing():
         torch.manual_seed(run["seed"])
         return network(run, width)
@@ -384,32 +385,32 @@ def stack_of(runs, model, base, roles, device, dtype):
             first = draws.index(draws[r])       # has the same initial weights
             yield first if first < r else replica_init(run, model, base, roles, dtype)
 
-    def groups_of(run):
+    groups = []
+    for run in runs:
         trained = param.TRAINABLE[run["trainable"]]
-        frozen = {role: 0.0 for role in param.ROLES if role not in trained}
-        return param.param_groups(model, base, *scaling(run), role_lr=frozen, overrides=roles)
+        role_lr = {role: float(role in trained) for role in param.ROLES}
+        groups.append(param.param_groups(model, base, *scaling(run), role_lr=role_lr, overrides=roles))
 
     def per_tensor(key):
-        return [{name: group[key] for group in groups for name in group["names"]} for groups in of_runs]
+        return [{name: group[key] for group in of_run for name in group["names"]} for of_run in groups]
 
-    of_runs, moments = [groups_of(run) for run in runs], rule_of(runs[0]).moments
     values = map(per_tensor, ("lr", "weight_decay", "eps"))
-    return stack.make(model, initial(), *values, moments, device, dtype)
+    return stack.make(model, initial(), *values, rule_of(runs[0]).moments, device, dtype)
 
 
 def data_order(runs, samples, config, device):
     """(sample indices (seeds, steps, B), the row of each run in them (R,)), from each seed alone."""
-    def draw(seed):
-        generator = torch.Generator().manual_seed(seed + 1)     # apart from the initialization's
-        return torch.randint(samples, (config["steps"], config["batch_size"]), generator=generator)
-
+    size, order = (config["steps"], config["batch_size"]), []
     seeds = sorted({run["seed"] for run in runs})
-    rows = torch.tensor([seeds.index(run["seed"]) for run in runs], device=device)
-    return torch.stack([draw(seed) for seed in seeds]).to(device), rows
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed + 1)     # apart from the initialization's
+        order.append(torch.randint(samples, size, generator=generator))
+    rows = [seeds.index(run["seed"]) for run in runs]
+    return torch.stack(order).to(device), torch.tensor(rows, device=device)
 
 
 def schedule(step, config):
-    """Factor on every base LR at a step, from zero: linear warmup, then constant or cosine to a tenth."""
+    """Factor on every LR at a step, from zero: linear warmup, then constant or cosine to a tenth."""
     warmup = config["warmup"]
     if step < warmup:
         return (step + 1) / warmup
@@ -443,9 +444,9 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
 
     A row holds the settings, their id, results and provenance. final_train_loss and
     train_accuracy are means over the last tenth of the steps, VALIDATION those over the
-    validation samples. diverged_at is the first step, from zero, whose loss is not finite
-    (steps, if only the last update blew up); results are then null. InputError on bad settings,
-    or runs that cannot share a stack.
+    validation samples; chance_loss is a constant predictor's. diverged_at is the first step,
+    from zero, whose loss is not finite (steps, if only the last update blew up); results are
+    then null. InputError on bad settings, or runs that cannot share a stack.
     """
     start, (rank, ranks) = time.perf_counter(), team()
     runs, config, splits = prepare(runs, splits, device, data_dir, ranks)
@@ -457,7 +458,7 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
     replicas = stack_of(runs, model, base, roles, device, weight_dtype(config))
     state = begin(runs, replicas, device, track, tracked)
     if track:
-        measure = tracker(runs, model, roles, replicas["weights"], splits, config, tracked, alignment)
+        measure = tracker(state, model, roles, splits, config, alignment)
     if checkpoint and checkpoint.exists():
         load_checkpoint(checkpoint, state, device)
     rows, checked = row_of[state.alive.to(order_device)], state.done
@@ -474,7 +475,7 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
             done = state.done = step + 1
             last, due = done == steps, every and done % every == 0
             if track and (done <= 20 or done % track == 0 or last):
-                measure(done, state.alive, state.stack["weights"])
+                measure()
             if last or due or done % check_every == 0:
                 let_go(state, checked, last)
                 rows, checked = row_of[state.alive.to(order_device)], done
@@ -485,9 +486,10 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0
                 if checkpoint and due and not last and rank == 0:
                     save_checkpoint(checkpoint, vars(state))
         finals = evaluate(network, state, splits, config) if len(rows) else {}
-    origin = {"network": description(config, model, base, roles), **provenance(device),
+    origin = {"chance_loss": chance_loss(config, splits),
+              "network": description(config, model, base, roles), **provenance(device),
               "seconds": round((time.perf_counter() - start) / len(runs), 4)}
-    return finished_rows(runs, state, finals, chance_loss(config, splits), origin, ranks)
+    return finished_rows(runs, state, finals, origin, ranks)
 
 
 def team():
@@ -511,7 +513,7 @@ def precision(config, device):
 
 
 def prepare(runs, splits, device, data_dir, ranks):
-    """(all settings of every run, those that the stack shares, data). InputError as train says."""
+    """(settings of every run, those of the stack, data). InputError as train says."""
     runs = [configure(run) for run in runs]
     for name in runs[0]:
         if name not in PER_REPLICA and any(run[name] != runs[0][name] for run in runs):
@@ -522,7 +524,8 @@ def prepare(runs, splits, device, data_dir, ranks):
         runs = [dict(run, vocab_size=splits.classes) for run in runs]
     config = dict(runs[0], weight_decay=max(run["weight_decay"] for run in runs))
     size, shares = config["batch_size"], ranks * config["accumulate"]
-    require(config, "batch_size", size <= splits.samples, f"at most the {splits.samples} training samples")
+    require(config, "batch_size", size <= splits.samples,
+            f"at most the {splits.samples} training samples")
     require(config, "batch_size", size % shares == 0,
             f"a multiple of {ranks} ranks times accumulate = {config['accumulate']}")
     return runs, config, splits
@@ -533,8 +536,9 @@ def begin(runs, replicas, device, track, tracked):
     losses = replicas["weights"][0].new_full((runs[0]["steps"], len(runs)), math.nan)
     return SimpleNamespace(
         ids=[run_id(run) for run in runs], track=track, tracked=tracked, done=0, stack=replicas,
-        alive=torch.arange(len(runs), device=device),       # replicas still training
-        diverged_at=[None] * len(runs), losses=losses, hits=torch.zeros_like(losses))       # (steps, R)
+        alive=torch.arange(len(runs), device=device),               # replicas still training
+        diverged_at=[None] * len(runs),
+        losses=losses, hits=torch.zeros_like(losses))               # (steps, R)
 
 
 def let_go(state, checked, last):
@@ -584,12 +588,11 @@ def evaluate(network, state, splits, config):
         per_sample = loss(logits, y)[0], logits.argmax(-1) == y, logits.square().mean(-1).sqrt()
         sums += torch.stack([values.double().flatten(1).sum(1) for values in per_sample])
         kept += [] if text else [logits]
-    errors = [None] * count
+    means, errors = (sums / splits.y_val.numel()).T.tolist(), [None] * count
     if not text:
         errors = [metrics.expected_calibration_error(z, splits.y_val) for z in torch.cat(kept, 1)]
-    means = (sums / splits.y_val.numel()).T.tolist()
-    return {r: finite(dict(zip(VALIDATION, [*row, error])))
-            for r, row, error in zip(state.alive.tolist(), means, errors)}
+    rows = (finite(dict(zip(VALIDATION, [*row, error]))) for row, error in zip(means, errors))
+    return dict(zip(state.alive.tolist(), rows))
 
 
 # ---- result rows ----
@@ -599,13 +602,13 @@ def finite(value):
     return json.loads(json.dumps(value), parse_constant=lambda constant: None)
 
 
-def finished_rows(runs, state, finals, chance, origin, ranks):
+def finished_rows(runs, state, finals, origin, ranks):
     """The rows of a stack that has ended; finals: {replica: validation}."""
     config = runs[0]
-    # several threads share a small product out otherwise where it is alone, whatever MKL promises (measured)
+    # a small product alone is shared out otherwise by several threads, whatever MKL promises (measured)
     small = min(config["width"] // 2, config["batch_size"] // config["accumulate"]) < 16
     differs = len(runs) > 1 if better_alone(config) else small and torch.get_num_threads() > 1
-    deterministic = origin["deterministic"] and ranks == 1 and not differs
+    origin["deterministic"] &= ranks == 1 and not differs
     late = last_tenth(config["steps"])
     losses, hits = (record[late:].T.tolist() for record in (state.losses, state.hits))
     rows = []
@@ -613,15 +616,14 @@ def finished_rows(runs, state, finals, chance, origin, ranks):
         results = {**dict.fromkeys(RESULTS), "diverged_at": at}
         if at is None:
             results.update(finals[r], final_train_loss=fmean(losses[r]), train_accuracy=fmean(hits[r]))
-        rows.append({"id": run_id(run), **run, **results, "failed": None, "chance_loss": chance, **origin,
-                     "deterministic": deterministic})
+        rows.append({"id": state.ids[r], **run, **results, "failed": None, **origin})
     return rows
 
 
 def failed_row(run, reason, device):
     """The row of a run that could not be trained at all."""
-    return {"id": run_id(run), **run, **dict.fromkeys(RESULTS), "failed": reason, "chance_loss": None,
-            "network": None, **provenance(device), "seconds": 0.0}
+    return {"id": run_id(run), **run, **dict.fromkeys(RESULTS), "failed": reason,
+            "chance_loss": None, "network": None, **provenance(device), "seconds": 0.0}
 
 
 @functools.cache
@@ -637,57 +639,55 @@ def provenance(device):
         commit = ran.stdout.strip() or None
     except OSError:
         commit = None
-    cuda = torch.device(device).type == "cuda"
+    kind = torch.device(device).type
     return {"python": platform.python_version(), "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if cuda else "cpu", "commit": commit,
-            "deterministic": not cuda and torch.backends.mkl.is_available() and SAME_BITS}
+            "device": torch.cuda.get_device_name(device) if kind == "cuda" else kind,
+            "commit": commit,
+            "deterministic": kind == "cpu" and torch.backends.mkl.is_available() and SAME_BITS}
 
 
-def tracker(runs, model, roles, initial, splits, config, tracked, alignment=False):
-    """measure(step, alive, weights): appends to `tracked` what `measurements` says of every replica
-    after `step` updates, as one dict per run, step and module, with id and step.
-
-    All on the first batch_size validation samples, the same for every run.
+def tracker(state, model, roles, splits, config, alignment):
+    """measure(): appends to state.tracked a dict per replica and module: its id, the step and
+    `measurements` on the first batch_size validation samples, the same for every run.
     """
-    x, y = splits.x_val[:config["batch_size"]], splits.y_val[:config["batch_size"]]
-    loss, module = loss_of(config).function, copy.deepcopy(model)   # takes each replica's weights in turn
-    initial, ids = [w.clone() for w in initial], [run_id(run) for run in runs]
+    x, y = (part[:config["batch_size"]] for part in (splits.x_val, splits.y_val))
+    module, loss_and_chi = copy.deepcopy(model), loss_of(config).function
 
-    def load(weights, r):
-        return models.put(module, [w[r] for w in weights])
+    def loss(logits, y):
+        return loss_and_chi(logits, y)[0].mean()
+
+    def load(r):
+        return models.put(module, [w[r].clone() for w in state.stack["weights"]])
 
     with torch.no_grad():
-        before = [(metrics.capture(load(initial, r), x), module(x), {}) for r in range(len(runs))]
+        before = [(metrics.capture(load(r), x), module(x), {}) for r in state.alive.tolist()]
 
     @torch.autocast(x.device.type, enabled=False)
-    def measure(step, alive, weights):
-        for position, r in enumerate(alive.tolist()):
-            load(weights, position)
-            for row in measurements(module, roles, x, y, loss, *before[r], alignment,
-                                    softmax=step == config["steps"] and y.ndim == 1):
-                tracked.append({"id": ids[r], "step": step, **finite(row)})
+    def measure():
+        softmax = state.done == config["steps"] and y.ndim == 1
+        for position, r in enumerate(state.alive.tolist()):
+            load(position)
+            for row in measurements(module, roles, x, y, loss, *before[r], alignment, softmax):
+                state.tracked.append({"id": state.ids[r], "step": state.done, **finite(row)})
 
     return measure
 
 
 def measurements(module, roles, x, y, loss, reference, initial_logits, norms, alignment, softmax):
-    """Yields a dict for every module: module, layer (from 0, in the model's order), role, the norms of the
-    refined coordinate check, layer statistics, alignments if asked for, gradient norm.
+    """Yields a dict per module: module, layer (from 0, in the model's order), role, refined
+    coordinate check, layer statistics, alignments if asked for, gradient norm.
 
-    And one for the logits, module "": loss, change (rms), rms, margin, chi, softmax outputs if
-    asked for. norms: kept from call to call, as metrics.alignment says.
+    And one for the logits, module "": loss, change (rms), rms, margin, chi, and softmax outputs
+    if asked for. norms: see metrics.alignment.
     """
-    def mean_loss(logits, y):
-        return loss(logits, y)[0].mean()
-
     layers, parameters = metrics.updates(module, reference, x), list(module.parameters())
     given = module, reference, x, layers
     check, statistics = metrics.refined_coordinate_check(*given), metrics.layer_statistics(*given)
     aligned = metrics.alignment(*given, norms) if alignment else {}
     with torch.enable_grad():
         logits = module(x)
-        whole = mean_loss(logits, y)
-        gradients = torch.autograd.grad(whole, parameters)
+        value = loss(logits, y)
+        gradients = torch.autograd.grad(value, parameters)
     of_weight = dict(zip(parameters, zip(roles.values(), gradients)))       # tied ones once
     for layer, name in enumerate(layers):
         role, gradient = of_weight[module.get_submodule(name).weight]
@@ -695,8 +695,8 @@ def measurements(module, roles, x, y, loss, reference, initial_logits, norms, al
                **aligned.get(name, {}), "gradient": gradient.norm().item()}
     logits = logits.detach()
     change = (logits - initial_logits).square().mean(-1).sqrt().mean()
-    row = {"module": "", "layer": len(layers), "role": "logits", "loss": whole.item(),
-           "change": change.item(), **metrics.logit_statistics(logits, y, mean_loss)}
+    row = {"module": "", "layer": len(layers), "role": "logits", "loss": value.item(),
+           "change": change.item(), **metrics.logit_statistics(logits, y, loss)}
     yield {**row, "softmax": logits.softmax(-1).tolist()} if softmax else row
 
 
@@ -723,7 +723,7 @@ def make_folder(path):
 
 
 def save_checkpoint(path, state):
-    """Writes whole or not at all. Not the data order, which follows from the seed and the step."""
+    """Writes whole or not at all; the data order follows from the seed and the step."""
     with data.whole_file(path) as file:
         try:
             torch.save({**state, "stack": stack.state(state["stack"])}, file)
@@ -732,10 +732,10 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, state, device):
-    """Brings a begun state to what save_checkpoint wrote. InputError if that is damaged or of other runs."""
+    """Sets a begun state to what was saved. InputError if that is damaged or of other runs."""
     with open(path, "rb") as file:
         try:
-            saved = torch.load(file, map_location=device, weights_only=True)
+            saved = dict(torch.load(file, map_location=device, weights_only=True))
             saved = {name: saved[name] for name in vars(state)}
         except Exception:           # a damaged file raises all kinds
             raise InputError(f"{path} is damaged; remove it to begin that run anew") from None
@@ -768,33 +768,32 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser, several=(), without=(), defaults=()):
-    """A flag for every setting, None where it is not given, and those that all scripts have.
+    """A flag for every setting, None where it is not given, and those that all scripts share.
 
-    several: settings that take a list; without: those that have no flag; defaults: {name: words}
-    for defaults that a script replaces.
+    several: settings that take a list; without: those without a flag; defaults: {name: words},
+    those that a script replaces.
     """
-    group = parser.add_argument_group("settings of a run")
+    add = parser.add_argument_group("settings of a run").add_argument
     for name, (default, kind, text) in SETTINGS.items():
         if name in (*without, "code"):          # the file tells its code
             continue
-        default = dict(defaults).get(name, "none" if default == "" else default)
+        words = dict(defaults).get(name, "none" if default == "" else default)
         for where, values in (("text", ON_TEXT), ("text adam", ADAM_ON_TEXT), ("FILE.py", {"init": "own"})):
             if name in values:
-                default = f"{default}; {where}: {values[name]}"
+                words = f"{words}; {where}: {values[name]}"
         choices = f"{kind.words}; " if kind.words.startswith("one of") else ""
-        options = {"help": f"{choices}{text} (default {default})".replace("%", "%%")}
+        options = {"help": f"{choices}{text} (default {words})".replace("%", "%%")}
         if kind is FLAG:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options.update(type=kind.type, metavar={str: "NAME", int: "N", float: "X"}[kind.type])
-            if name in (*several, "roles"):
-                options["nargs"] = "+"
-        group.add_argument("--" + name.replace("_", "-"), **options)
-    group.add_argument("--plan", action="store_true", help="print role, initial standard deviation and LR "
-                       "of every tensor, and stop; look at it before you train a network of yours")
+            options.update(type=kind.type, metavar={str: "NAME", int: "N", float: "X"}[kind.type],
+                           nargs="+" if name in (*several, "roles") else None)
+        add("--" + name.replace("_", "-"), **options)
+    add("--plan", action="store_true", help="print every tensor's role, initial standard deviation "
+        "and LR, and stop; look at it before you train a network of yours")
     add = parser.add_argument_group("measurements and machine").add_argument
     add("--track", type=int, default=0, metavar="N", help="measure every module in the first 20 steps, "
-        "then every N-th, into track*.jsonl of --out; 0 is never (default 0)")
+        "then every N-th, into track*.jsonl of --out (default 0: never)")
     add("--alignment", action="store_true",
         help="with --track: operator-norm alignments too, at twice the cost")
     add("--data-dir", metavar="DIR", help="folder of the data files (default $DATA_DIR, ./data)")
@@ -803,23 +802,23 @@ def add_flags(parser, several=(), without=(), defaults=()):
 
 
 def choose_device(name):
-    """torch device name; auto takes CUDA where there is one. Under torchrun, ranks of a node take its
-    CUDA devices in turn. InputError if it is not there."""
+    """torch's name of a device; auto takes CUDA where there is one, and ranks of torchrun take the
+    CUDA devices of their node in turn. InputError if it is not there."""
     count = torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, count)}"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    kind = re.fullmatch(r"cpu|cuda(:(\d+))?", name)
+    if not kind:
         raise InputError(f"device is {name!r}; choose auto, cpu, cuda or cuda:N")
-    kind, _, index = name.partition(":")
-    if kind == "cuda" and int(index or 0) >= count:
+    if name != "cpu" and int(kind[2] or 0) >= count:
         raise InputError(f"device {name} is not there ({count} CUDA devices); use --device auto")
     return name
 
 
 def command_line(main):
-    """Runs main; bad input ends with one line on standard error and exit code 2, an interrupt with 130."""
+    """Runs main; bad input ends with one line and exit code 2, an interrupt with 130."""
     try:
         return main()
     except BrokenPipeError:             # whoever read the output, head say, has gone
@@ -839,9 +838,10 @@ def command_line(main):
 
 
 def out_of_memory(error):
-    on_cpu = "DefaultCPUAllocator|Storage size calculation overflowed"          # in RuntimeErrors
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and bool(re.search(on_cpu, str(error))))
+    if isinstance(error, RuntimeError):
+        words = "DefaultCPUAllocator|Storage size calculation overflowed"       # of the CPU's
+        return isinstance(error, torch.OutOfMemoryError) or bool(re.search(words, str(error)))
+    return isinstance(error, MemoryError)
 
 
 def parse():
@@ -852,7 +852,7 @@ def parse():
     add("--out", type=Path, metavar="DIR",
         help="also write the row to DIR/runs-ID.jsonl; a run found there is not run again")
     add("--checkpoint", type=int, default=0, metavar="N",
-        help="every N steps write what is needed to go on to DIR/checkpoint-ID.pt; 0 is never (default 0)")
+        help="every N steps write DIR/checkpoint-ID.pt, to go on from (default 0: never)")
     args = vars(parser.parse_args())
     for name in ("track", "checkpoint"):
         fits = args[name] > 0 and args["out"] or args[name] == 0
@@ -874,7 +874,8 @@ def main():
     config, args = parse()
     if args.plan:
         return print(plan(config))
-    device, every, leader = choose_device(args.device), args.checkpoint, os.environ.get("RANK", "0") == "0"
+    device, every = choose_device(args.device), args.checkpoint
+    leader = os.environ.get("RANK", "0") == "0"
     splits, tracked = data.load(config, args.data_dir, device), []
     if is_text(config):
         config["vocab_size"] = splits.classes
@@ -899,9 +900,10 @@ def main():
         row, = train([config], splits, device, None, progress, args.track, tracked, args.alignment,
                      checkpoint if every else None, every)
     except KeyboardInterrupt:
-        kept = f"goes on from {checkpoint}" if every and checkpoint.exists() else \
-            "begins anew (--checkpoint N would keep what is done)"
-        raise KeyboardInterrupt(f"interrupted; the same command {kept}") from None
+        goes_on = "begins anew (--checkpoint N would keep what is done)"
+        if every and checkpoint.exists():
+            goes_on = f"goes on from {checkpoint}"
+        raise KeyboardInterrupt(f"interrupted; the same command {goes_on}") from None
     if leader:
         at = row["diverged_at"]
         print("" if at is None else f"\ndiverged at step {at}", file=sys.stderr)
