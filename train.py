@@ -112,7 +112,7 @@ SETTINGS = dict(        # name=(default, kind, help)
     batch_size=(64, COUNT, "samples a step"),
     accumulate=(1, COUNT, "gradient accumulation: parts of a batch"),
     warmup=(0, WHOLE, "steps of linear warmup"),
-    decay=("none", one_of(("none", "cosine")), "cosine: to a tenth of the LR"),
+    decay=("none", one_of(("none", "cosine")), "cosine: to a tenth of the LR at the last step"),
     seed=(0, WHOLE, "seed of initialization and data order"),
     dtype=("float32", one_of(("float32", "tf32", "float64", "bfloat16")),
            "tf32: products in TF32 on CUDA; bfloat16: by autocast"),
@@ -793,7 +793,7 @@ def add_flags(parser, several=(), without=(), defaults=()):
         "and LR, and stop; look at it before you train a network of yours")
     add = parser.add_argument_group("measurements and machine").add_argument
     add("--track", type=int, default=0, metavar="N", help="measure every module in the first 20 steps, "
-        "then every N-th, into track*.jsonl of --out (default 0: never)")
+        "then every N-th, into track*.jsonl of --out; 0 is never (default 0)")
     add("--alignment", action="store_true",
         help="with --track: operator-norm alignments too, at twice the cost")
     add("--data-dir", metavar="DIR", help="folder of the data files (default $DATA_DIR, ./data)")
@@ -852,7 +852,7 @@ def parse():
     add("--out", type=Path, metavar="DIR",
         help="also write the row to DIR/runs-ID.jsonl; a run found there is not run again")
     add("--checkpoint", type=int, default=0, metavar="N",
-        help="every N steps write DIR/checkpoint-ID.pt, to go on from (default 0: never)")
+        help="every N steps write DIR/checkpoint-ID.pt, to go on from; 0 is never (default 0)")
     args = vars(parser.parse_args())
     for name in ("track", "checkpoint"):
         fits = args[name] > 0 and args["out"] or args[name] == 0
