@@ -1,18 +1,19 @@
 """Trains one stack of runs, from settings to result rows; one run is a stack of one.
 
-    settings -> param.param_groups -> a learning rate per replica and tensor -> stack.advance -> one row per
-    run
+    settings -> param.param_groups -> a learning rate per replica and tensor
+             -> stack.advance -> one row per run
 
-Runs of the same shape, data and loss train as one stack (stack.py), each with its own seed and learning
-rates, and each ends with the row it would have alone. A run whose loss is no longer finite is recorded and
-leaves the stack.
+Runs of the same shape, data and loss train as one stack (stack.py), each with its own seed
+and learning rates, and each ends with the row it would have alone. A run whose loss is no
+longer finite is recorded and leaves the stack.
 
-    python train.py --width 512 --lr 0.1                # one run; its row goes to standard output
-    torchrun --nproc-per-node 2 train.py --model gpt    # data-parallel: a share of each batch per rank
+    python train.py --width 512 --lr 0.1                # prints the row of one run
+    torchrun --nproc-per-node 2 train.py --model gpt    # a share of each batch per rank
     rows = train([{"width": 512, "lr": lr} for lr in (0.1, 0.2)])
 
-At one seed every width and learning rate starts from the same generator and sees the same batches.
-Departures from the paper: batches are drawn with replacement. Out of scope: data augmentation.
+At one seed every width and learning rate starts from the same generator and sees the same
+batches. Departure from the paper: batches are drawn with replacement. Out of scope: data
+augmentation.
 """
 import os
 import sys
@@ -34,7 +35,10 @@ import subprocess
 import time
 import warnings
 from collections import namedtuple
+from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
 
 import torch
 
@@ -48,97 +52,101 @@ from data import InputError
 
 # ---- settings: every scientific setting of a run, with its one default ----
 
-Kind = namedtuple("Kind", "type holds words")
-COUNT = Kind(int, lambda v: 1 <= v < 2 ** 31, "a whole number, at least 1")
-WHOLE = Kind(int, lambda v: 0 <= v < 2 ** 63 - 1, "a whole number, at least 0")
-POSITIVE = Kind(float, lambda v: 0 < v < math.inf, "a positive number")
-NONNEGATIVE = Kind(float, lambda v: 0 <= v < math.inf, "a number, at least 0")
-FRACTION = Kind(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
-EXPONENT = Kind(float, lambda v: -10 <= v <= 10, "a number from -10 to 10")
-TEXT = Kind(str, bool, "a name")
-WORDS = Kind(str, lambda v: True, "words")
-NETWORK = Kind(str, lambda v: v in ("mlp", "gpt") or ":" in v, "mlp, gpt or FILE.py:FUNCTION")
-FLAG = Kind(bool, lambda v: True, "true or false")
+Kind = namedtuple("Kind", "type words holds", defaults=(lambda v: True,))
+COUNT = Kind(int, "a whole number, at least 1", lambda v: 1 <= v < 2 ** 31)
+WHOLE = Kind(int, "a whole number, at least 0", lambda v: 0 <= v < 2 ** 63 - 1)
+POSITIVE = Kind(float, "a positive number", lambda v: 0 < v < math.inf)
+NONNEGATIVE = Kind(float, "a number, at least 0", lambda v: 0 <= v < math.inf)
+FRACTION = Kind(float, "a number in [0, 1)", lambda v: 0 <= v < 1)
+EXPONENT = Kind(float, "a number from -10 to 10", lambda v: -10 <= v <= 10)
+FLAG = Kind(bool, "true or false")
+TEXT = Kind(str, "a name", bool)
+WORDS = Kind(str, "words")
+NETWORK = Kind(str, "mlp, gpt or FILE.py:FUNCTION", lambda v: v in ("mlp", "gpt") or ":" in v)
 
 
 def one_of(names):
-    return Kind(str, lambda v: v in names, "one of " + ", ".join(names))
+    return Kind(str, "one of " + ", ".join(names), lambda v: v in names)
 
 
-SETTINGS = {    # name: (default, kind, help)
-    "model":         ("mlp", NETWORK, "mlp, gpt, or FILE.py:FUNCTION: a function build(width), or "
-                      "build(width, shape), in a file of yours that returns a torch module"),
-    "width":         (256, COUNT, "hidden units"),
-    "base_width":    (256, COUNT, "width at which all parameterizations coincide"),
-    "hidden_layers": (3, COUNT, "hidden activations; 7 is the paper's 8-layer MLP"),
-    "activation":    ("relu", one_of(models.ACTIVATIONS), "nonlinearity"),
-    "bias":          (False, FLAG, "biases, initially zero"),
-    "layers":        (2, COUNT, "gpt: decoder layers"),
-    "context":       (32, COUNT, "text: tokens of a sample"),
-    "head_dim":      (32, COUNT, "gpt: size of an attention head, at every width"),
-    "norm_affine":   (True, FLAG, "gpt: trainable gains of LayerNorm"),
-    "qk_norm":       (True, FLAG, "gpt: LayerNorm on queries and keys"),
-    "init":          ("he", one_of(("he", "own")), "he: normal, variance 2 / fan-in (text: 1 / fan-in); own: "
-                      "as the network is built, with each tensor's RMS at the base width"),
-    "roles":         ("", WORDS, "NAME=ROLE ... where shapes do not tell; NAME may have * and ?, ROLE is one "
-                      f"of {', '.join(param.ROLES)}"),
-    "code":          ("", WORDS, "hash of FILE.py and of the files beside it that it imports"),
-    "trainable":     ("all", one_of(param.TRAINABLE), "readout: random features"),
-    "data":          ("multi_index", TEXT, f"{', '.join(data.SHAPES)}; text: stdlib (the sources of "
-                      "Python's standard library), or a file or folder of text or .bin tokens"),
-    "vocab_size":    (0, WHOLE, "text: tokens; 0 is as many as the data has"),
-    "train_size":    (20_000, COUNT, "multi_index: training samples"),
-    "val_size":      (1_000, COUNT, "validation samples"),
-    "data_seed":     (0, WHOLE, "multi_index: seed of the samples"),
-    "loss":          ("ce", one_of(stack.LOSSES), "loss"),
-    "huber_delta":   (1.0, POSITIVE, "huber: error at which its derivative stops growing"),
-    "label_smoothing": (0.0, FRACTION, "ce: share of the target that all classes have alike"),
-    "param":         ("sp", one_of(param.PARAMETERIZATIONS), "parameterization"),
-    "alpha":         (0.0, EXPONENT, "every LR times (width / base width)^-alpha"),
-    "readout_scale": (1.0, NONNEGATIVE, "factor on the readout's initial standard deviation, at every width"),
-    "optimizer":     ("sgd", one_of(param.OPTIMIZERS), "optimizer; adam is AdamW"),
-    "lr":            (0.1, POSITIVE, "learning rate at the base width"),
-    "momentum":      (0.0, FRACTION, "SGD: momentum"),
-    "beta1":         (0.9, FRACTION, "Adam: decay of the first moment"),
-    "beta2":         (0.95, FRACTION, "Adam: decay of the second moment"),
-    "eps":           (1e-8, POSITIVE, "Adam: ε at the base width"),
-    "weight_decay":  (0.0, NONNEGATIVE, "lr * weight decay per step does not change with width"),
-    "clip":          (0.0, NONNEGATIVE, "largest gradient norm over all tensors; 0 is no clipping"),
-    "steps":         (400, COUNT, "optimizer steps"),
-    "batch_size":    (64, COUNT, "samples a step"),
-    "accumulate":    (1, COUNT, "gradient accumulation: parts into which each batch is cut"),
-    "warmup":        (0, WHOLE, "steps of linear warmup"),
-    "decay":         ("none", one_of(("none", "cosine")), "cosine: to a tenth of the LR at the last step"),
-    "seed":          (0, WHOLE, "seed of initialization and data order"),
-    "dtype":         ("float32", one_of(("float32", "tf32", "float64", "bfloat16")), "tf32: float32 with "
-                      "matrix products in TF32 on CUDA; bfloat16: by autocast"),
-}
+SETTINGS = dict(        # name=(default, kind, help)
+    model=("mlp", NETWORK, "mlp, gpt, or FILE.py:FUNCTION: build(width), or build(width, shape), "
+           "in a file of yours, that returns a torch module"),
+    width=(256, COUNT, "hidden units"),
+    base_width=(256, COUNT, "width at which all parameterizations coincide"),
+    hidden_layers=(3, COUNT, "hidden activations; 7 is the paper's 8-layer MLP"),
+    activation=("relu", one_of(models.ACTIVATIONS), "nonlinearity"),
+    bias=(False, FLAG, "biases, initially zero"),
+    layers=(2, COUNT, "gpt: decoder layers"),
+    context=(32, COUNT, "text: tokens of a sample"),
+    head_dim=(32, COUNT, "gpt: size of an attention head, at every width"),
+    norm_affine=(True, FLAG, "gpt: trainable gains of LayerNorm"),
+    qk_norm=(True, FLAG, "gpt: LayerNorm on queries and keys"),
+    init=("he", one_of(("he", "own")), "he: normal, variance 2 / fan-in (text: 1 / fan-in); "
+          "own: as the network is built, with each tensor's RMS at the base width"),
+    roles=("", WORDS, "NAME=ROLE ... where shapes do not tell; NAME may have * and ?, "
+           f"ROLE is one of {', '.join(param.ROLES)}"),
+    code=("", WORDS, "hash of FILE.py and of the files beside it that it imports"),
+    trainable=("all", one_of(param.TRAINABLE), "readout: random features"),
+    data=("multi_index", TEXT, f"{', '.join(data.SHAPES)}; text: stdlib (sources of Python's "
+          "standard library), or a file or folder of text or .bin tokens"),
+    vocab_size=(0, WHOLE, "text: tokens; 0 is as many as the data has"),
+    train_size=(20_000, COUNT, "multi_index: training samples"),
+    val_size=(1_000, COUNT, "validation samples"),
+    data_seed=(0, WHOLE, "multi_index: seed of the samples"),
+    loss=("ce", one_of(stack.LOSSES), "loss"),
+    huber_delta=(1.0, POSITIVE, "huber: error at which its derivative stops growing"),
+    label_smoothing=(0.0, FRACTION, "ce: share of the target that all classes have alike"),
+    param=("sp", one_of(param.PARAMETERIZATIONS), "parameterization"),
+    alpha=(0.0, EXPONENT, "every LR times (width / base width)^-alpha"),
+    readout_scale=(1.0, NONNEGATIVE, "factor on the readout's initial weights, at every width"),
+    optimizer=("sgd", one_of(param.OPTIMIZERS), "optimizer; adam is AdamW"),
+    lr=(0.1, POSITIVE, "learning rate at the base width"),
+    momentum=(0.0, FRACTION, "SGD: momentum"),
+    beta1=(0.9, FRACTION, "Adam: decay of the first moment"),
+    beta2=(0.95, FRACTION, "Adam: decay of the second moment"),
+    eps=(1e-8, POSITIVE, "Adam: ε at the base width"),
+    weight_decay=(0.0, NONNEGATIVE, "lr * weight decay per step does not change with width"),
+    clip=(0.0, NONNEGATIVE, "largest gradient norm over all tensors; 0 is no clipping"),
+    steps=(400, COUNT, "optimizer steps"),
+    batch_size=(64, COUNT, "samples a step"),
+    accumulate=(1, COUNT, "gradient accumulation: parts of a batch"),
+    warmup=(0, WHOLE, "steps of linear warmup"),
+    decay=("none", one_of(("none", "cosine")), "cosine: to a tenth of the LR at the last step"),
+    seed=(0, WHOLE, "seed of initialization and data order"),
+    dtype=("float32", one_of(("float32", "tf32", "float64", "bfloat16")),
+           "tf32: products in TF32 on CUDA; bfloat16: by autocast"),
+)
 # The defaults that differ on text, the paper's.
 ON_TEXT = dict(data="stdlib", base_width=64, batch_size=8, val_size=128, decay="cosine", warmup=10)
 ADAM_ON_TEXT = dict(eps=1e-12, weight_decay=0.1, clip=1.0)
 # What may differ within one stack; everything else is shape, data, loss or schedule.
 PER_REPLICA = ("lr", "seed", "param", "alpha", "weight_decay", "eps", "trainable", "readout_scale")
+# What the functions of param.py take, in their order.
+scaling = itemgetter("param", "optimizer", "lr", "alpha", "weight_decay", "eps")
 
 
 def is_text(config):
-    """Is it tokens that the network reads?"""
+    """Does the network read tokens?"""
     return config["data"] not in list(data.SHAPES)
 
 
 def is_own(config):
-    """Is the network one of the user's?"""
+    """Is the network a user's?"""
     return ":" in config["model"]
 
 
 def configure(run):
-    """All settings of a run, defaults filled in. InputError names a bad value and what is allowed."""
-    unknown = [name for name in run if name not in SETTINGS]
-    if unknown:
-        raise InputError(f"unknown setting {unknown[0]!r}; choose from {', '.join(SETTINGS)}")
+    """A run's settings, defaults filled in. InputError names a bad value and what is allowed."""
+    for name in run:
+        if name not in SETTINGS:
+            raise InputError(f"unknown setting {name!r}; choose from {', '.join(SETTINGS)}")
     config = {name: default for name, (default, _, _) in SETTINGS.items()}
     asked = {**config, **run}
     if asked["model"] == "gpt" and "data" not in run or is_text(asked):
-        config.update(ON_TEXT, **(ADAM_ON_TEXT if asked["optimizer"] == "adam" else {}))
+        config.update(ON_TEXT)
+        if asked["optimizer"] == "adam":
+            config.update(ADAM_ON_TEXT)
     config.update(run)
     if isinstance(config["model"], str) and is_own(config):
         with refusing():
@@ -146,36 +154,36 @@ def configure(run):
         config["init"] = run.get("init", "own")
     for name, (_, kind, _) in SETTINGS.items():
         value = config[name]
-        number = kind.type in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool)
-        value = float(value) if number and kind.type is float else value
-        if not (isinstance(value, kind.type) and (kind.type is not int or number) and kind.holds(value)):
-            raise InputError(f"{name} is {value!r}; it must be {kind.words}")
-        config[name] = value
+        fits = isinstance(value, (int, float) if kind.type is float else kind.type)
+        fits = fits and isinstance(value, bool) == (kind is FLAG) and kind.holds(value)
+        require(config, name, fits, kind.words)
+        config[name] = kind.type(value)
     check_together(config)
-    return {name: config[name] for name in SETTINGS}
+    return config
 
 
 def check_together(config):
     """InputError for settings that do not fit one another."""
-    def refuse(name, words):
-        raise InputError(f"{name} is {config[name]!r}; {words}")
+    model, parts, head = itemgetter("model", "accumulate", "head_dim")(config)
+    require(config, "batch_size", config["batch_size"] % parts == 0,
+            f"a multiple of accumulate = {parts}")
+    require(config, "warmup", config["warmup"] <= config["steps"], f"at most steps = {config['steps']}")
+    require(config, "data", model != "mlp" or not is_text(config),
+            f"one of {', '.join(data.SHAPES)} for model mlp")
+    require(config, "data", model != "gpt" or is_text(config),
+            "text for model gpt: stdlib, or a file or folder of text or tokens")
+    for name in ("width", "base_width"):
+        require(config, name, model != "gpt" or config[name] % head == 0,
+                f"a multiple of head_dim = {head} for model gpt")
 
-    if config["batch_size"] % config["accumulate"]:
-        refuse("batch_size", f"it must be a multiple of accumulate = {config['accumulate']}")
-    if config["warmup"] > config["steps"]:
-        refuse("warmup", f"it must be at most steps = {config['steps']}")
-    if config["model"] == "mlp" and is_text(config):
-        refuse("data", f"for model mlp it must be one of {', '.join(data.SHAPES)}")
-    if config["model"] == "gpt":
-        if not is_text(config):
-            refuse("data", "for model gpt it must be stdlib, or a file or folder of text or tokens")
-        for name in ("width", "base_width"):
-            if config[name] % config["head_dim"]:
-                refuse(name, f"for model gpt it must be a multiple of head_dim = {config['head_dim']}")
+
+def require(config, name, holds, words):
+    if not holds:
+        raise InputError(f"{name} is {config[name]!r}; it must be {words}")
 
 
 def run_id(config):
-    """Identity of a run: a hash of its full configuration."""
+    """A hash of the full configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -198,44 +206,47 @@ def shape_of(config):
 
 
 def network(config, width, own=models.own):
-    """The network at a width, with the initial weights that it gives itself."""
+    """The network at a width, initialized as it does itself."""
     shape = shape_of(config)
+    if is_own(config):
+        return own(config["model"], width, shape)
     if config["model"] == "gpt":
-        return models.GPT(shape.classes, width, config["layers"], config["context"], config["head_dim"],
-                          config["norm_affine"], config["qk_norm"])
-    if config["model"] == "mlp":
-        return models.MLP(shape.inputs, width, config["hidden_layers"], shape.classes, config["activation"],
-                          config["bias"])
-    return own(config["model"], width, shape)
+        sizes = itemgetter("layers", "context", "head_dim", "norm_affine", "qk_norm")(config)
+        return models.GPT(shape.classes, width, *sizes)
+    return models.MLP(shape.inputs, width, config["hidden_layers"], shape.classes,
+                      config["activation"], config["bias"])
 
 
 def build(config, device="cpu"):
-    """The model, its base and the roles of its tensors, on the meta device: only shapes matter here. Buffers,
-    which a network of the user's may have, are the model's own, on the device. InputError."""
-    wider = 2 * config["base_width"]            # tells the roles at the base width too
+    """(model, its base, {parameter name: role}), on the meta device: only shapes matter here.
+
+    The buffers of a user's network are its own, on the device. InputError.
+    """
+    width, base_width = config["width"], config["base_width"]
+    widths = width, base_width, 2 * base_width      # the last tells roles at the base width too
     with refusing(), torch.device("cpu" if is_own(config) else "meta"):
-        model, base, wider = (network(config, width, models.own_shapes)
-                              for width in (config["width"], config["base_width"], wider))
+        model, base, wider = (network(config, width, models.own_shapes) for width in widths)
         model = copy.deepcopy(model)            # own_shapes hands out the same one again
         for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    dtype = weight_dtype(config) if torch.is_floating_point(buffer) else buffer.dtype
-                    module._buffers[name] = buffer.to(device, dtype)
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+                dtype = weight_dtype(config) if buffer.is_floating_point() else buffer.dtype
+                module._buffers[name] = buffer.to(device, dtype)
         return model, base, roles_of(config, wider, base)
 
 
 def description(config, model, base, roles):
     """What a prediction must know of the network, for its rows."""
-    pairs = [pair for w, w0 in zip(model.parameters(), base.parameters()) for pair in zip(w.shape, w0.shape)]
-    uneven = any(n != n0 and n * config["base_width"] != n0 * config["width"] for n, n0 in pairs)
+    width, base_width = config["width"], config["base_width"]
+    pairs = zip(model.parameters(), base.parameters())
+    sizes = [pair for w, w0 in pairs for pair in zip(w.shape, w0.shape)]
     told = config["roles"] or is_own(config) and models.load(config["model"]).roles
-    return {"hidden_tensors": list(roles.values()).count("hidden"), "uneven": uneven,
+    return {"hidden_tensors": list(roles.values()).count("hidden"),
+            "uneven": any(n != n0 and n * base_width != n0 * width for n, n0 in sizes),
             "roles_given": bool(told)}
 
 
 def roles_of(config, model, base):
-    """{parameter name: role}, from shapes but for those that --roles, or the network's own file, tell."""
+    """{parameter name: role}, from shapes where neither --roles nor the network's file tells it."""
     names = [name for name, _ in model.named_parameters()]
     told = models.load(config["model"]).roles if is_own(config) else {}
     if callable(told):
@@ -245,17 +256,19 @@ def roles_of(config, model, base):
     for pattern, role in told.items():
         found = fnmatch.filter(names, pattern)
         if not found:
-            raise ValueError(f"roles name {pattern!r}, which is no parameter; choose from {', '.join(names)}")
+            known = ", ".join(names)
+            raise ValueError(f"roles name {pattern!r}, which is no parameter; choose from {known}")
         overrides.update(dict.fromkeys(found, role))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             roles = param.infer_roles(model, base, overrides)
     except ValueError as error:
-        if "overrides=" not in str(error):
+        what, untold, _ = str(error).partition("; pass overrides=")
+        if not untold:
             raise
-        raise ValueError(f"{str(error).partition('; pass')[0]}; give it a role by --roles NAME=ROLE, or by "
-                         f"roles = {{NAME: ROLE}} in its file; roles: {', '.join(param.ROLES)}") from None
+        raise ValueError(f"{what}; give it a role by --roles NAME=ROLE, or by roles = {{NAME: ROLE}} "
+                         f"in its file; roles: {', '.join(param.ROLES)}") from None
     if set(roles.values()) == {"vector"}:
         raise ValueError(f"no parameter of {config['model']} becomes larger with its width")
     return roles
@@ -266,53 +279,57 @@ def weight_dtype(config):
     return torch.float64 if config["dtype"] == "float64" else torch.float32
 
 
-def loss_options(config):
-    return {key: config[setting] for key, setting in stack.LOSSES[config["loss"]].options.items()}
-
-
 def loss_of(config):
-    """The loss function (logits, targets) -> (loss per sample, its derivative)."""
-    return functools.partial(stack.LOSSES[config["loss"]].function, **loss_options(config))
+    """The stack.Loss of a run, with its options set."""
+    loss = stack.LOSSES[config["loss"]]
+    options = {key: config[setting] for key, setting in loss.options.items()}
+    function, constant = (functools.partial(part, **options) for part in loss[:2])
+    return stack.Loss(function, constant)
 
 
 def chance_loss(config, splits):
     """Loss of the best constant predictor; for text under cross-entropy the unigram entropy."""
-    return stack.LOSSES[config["loss"]].constant(splits.frequencies, **loss_options(config))
+    return loss_of(config).constant(splits.frequencies)
 
 
 def network_of(config, model):
     """How this model's logits and gradients are computed."""
+    loss = loss_of(config).function
     if config["model"] == "mlp" and not config["bias"] and config["dtype"] != "bfloat16":
-        return stack.mlp_network(loss_of(config), config["activation"] == "relu")
-    return stack.module_network(model, loss_of(config), alone=better_alone(config))
+        return stack.mlp_network(loss, config["activation"] == "relu")
+    return stack.module_network(model, loss, alone=better_alone(config))
 
 
 def better_alone(config):
-    """Does a run that is alone in its stack train without vmap? Attention and convolutions are faster so;
-    other networks give the same rows in any stack."""
-    return is_text(config) or is_own(config) and tried(config) != "stacked"
+    """Does a run that is alone in its stack train without vmap?
+
+    Attention and convolutions are faster so; other networks give the same rows in any stack.
+    """
+    return is_text(config) or tried(config) != "stacked"
 
 
 def stackable(config):
     """Can vmap run the network at all?"""
-    return not is_own(config) or tried(config) != "one by one"
+    return tried(config) != "one by one"
 
 
 def tried(config):
-    """How runs of a network of the user's train: "stacked", with "convolutions", or "one by one"."""
-    return _tried(config["model"], config["base_width"], shape_of(config))
+    """How runs of a network train: "stacked", with "convolutions", or "one by one"."""
+    if is_own(config):
+        return _tried(config["model"], config["base_width"], shape_of(config))
+    return "stacked"
 
 
 @functools.cache
 def _tried(spec, width, shape):
     model = models.own(spec, width, shape)
-    x = torch.zeros(2, 2, shape.inputs, dtype=torch.long if shape.text else torch.float32)      # (R, B, ...)
-    y = torch.zeros(2, 2, *[shape.inputs] * shape.text, dtype=torch.long)
+    x = torch.zeros(2, 2, shape.inputs, dtype=torch.long if shape.text else torch.float32)
+    y = (x if shape.text else x[..., 0]).long()             # (R, B, ...)
     weights = [w.detach().expand(2, *w.shape) for w in model.parameters()]
     try:
         stack.module_network(model, stack.ce).gradients(weights, x, y)
     except Exception as error:          # whatever vmap, or the network within it, raises
-        words = str(error).strip().partition("\n")[0].partition(". ")[0]
+        words = re.split(r"\n|\. ", str(error).strip())[0]
         print(f"{spec} cannot be stacked, so its runs train one by one: {words}", file=sys.stderr)
         return "one by one"
     convolves = any(isinstance(module, torch.nn.modules.conv._ConvNd) for module in model.modules())
@@ -324,30 +341,24 @@ def rule_of(config):
                       config["weight_decay"] > 0, config["clip"])
 
 
-def replica_groups(run, model, base, roles):
-    """param.param_groups of one run: what torch.optim would be given."""
-    frozen = {role: 0.0 for role in param.ROLES if role not in param.TRAINABLE[run["trainable"]]}
-    return param.param_groups(model, base, run["param"], run["optimizer"], run["lr"], run["alpha"],
-                              run["weight_decay"], run["eps"], role_lr=frozen, overrides=roles)
-
-
 def replica_init(run, model, base, roles, dtype):
-    """The initial weights of one run, [shape] in the model's order, on the CPU, from the run's seed alone."""
+    """A run's initial weights, [shape] in the model's order, on the CPU, from its seed alone."""
     if run["init"] == "own":
         fresh, built = (as_built(run, run[width]).to(dtype) for width in ("width", "base_width"))
         param.rescale_(fresh, built, run["param"], roles)
     else:
         empty = [torch.empty(w.shape, dtype=dtype) for w in model.parameters()]
-        fresh, generator = models.put(copy.deepcopy(model), empty), torch.Generator().manual_seed(run["seed"])
+        fresh = models.put(copy.deepcopy(model), empty)
+        generator = torch.Generator().manual_seed(run["seed"])
         param.init_(fresh, base, run["param"], generator, gain=gain_of(run), overrides=roles)
     for name, weights in fresh.named_parameters():
-        if roles[name] == "output" and run["readout_scale"] != 1:
+        if roles[name] == "output":
             weights.data.mul_(run["readout_scale"])
     return [weights.detach() for weights in fresh.parameters()]
 
 
 def as_built(run, width):
-    """The network with the weights that it gives itself, from the run's seed alone."""
+    """The network at a width as it initializes itself, from the run's seed alone."""
     with torch.random.fork_rng(devices=[]), refusing():
         torch.manual_seed(run["seed"])
         return network(run, width)
@@ -362,43 +373,44 @@ def plan(run):
     """param.plan of one run: a table of what it draws and trains with."""
     model, base, roles = build(run)
     std = param.own_stds(as_built(run, run["base_width"])) if run["init"] == "own" else None
-    return param.plan(model, base, run["param"], run["optimizer"], run["lr"], run["alpha"],
-                      run["weight_decay"], run["eps"], gain=gain_of(run), overrides=roles, std=std)
+    return param.plan(model, base, *scaling(run), gain=gain_of(run), overrides=roles, std=std)
 
 
 def stack_of(runs, model, base, roles, device, dtype):
     """The stack of R runs, each drawn and scaled by its own settings."""
-    def initial():
-        drawn = {}
-        for r, run in enumerate(runs):
-            key = run["seed"], run["param"], run["readout_scale"]
-            yield drawn[key] if key in drawn else replica_init(run, model, base, roles, dtype)
-            drawn.setdefault(key, r)
+    draws = [itemgetter("seed", "param", "readout_scale")(run) for run in runs]
 
-    groups = [replica_groups(run, model, base, roles) for run in runs]
+    def initial():
+        for r, run in enumerate(runs):
+            first = draws.index(draws[r])       # has the same initial weights
+            yield first if first < r else replica_init(run, model, base, roles, dtype)
+
+    groups = []
+    for run in runs:
+        trained = param.TRAINABLE[run["trainable"]]
+        role_lr = {role: float(role in trained) for role in param.ROLES}
+        groups.append(param.param_groups(model, base, *scaling(run), role_lr=role_lr, overrides=roles))
+
     def per_tensor(key):
         return [{name: group[key] for group in of_run for name in group["names"]} for of_run in groups]
 
-    lr, weight_decay, eps = (per_tensor(key) for key in ("lr", "weight_decay", "eps"))
-    moments = rule_of(runs[0]).moments
-    return stack.make(model, initial(), lr, weight_decay, eps, moments, device, dtype)
+    values = map(per_tensor, ("lr", "weight_decay", "eps"))
+    return stack.make(model, initial(), *values, rule_of(runs[0]).moments, device, dtype)
 
 
 def data_order(runs, samples, config, device):
-    """(sample indices (seeds, steps, B), the row of each run in them (R,)), drawn from each seed alone:
-    every width and LR sees the same batches."""
-    def draw(seed):
-        generator = torch.Generator().manual_seed(seed + 1)     # apart from the initialization's
-        return torch.randint(samples, (config["steps"], config["batch_size"]), generator=generator)
-
+    """(sample indices (seeds, steps, B), the row of each run in them (R,)), from each seed alone."""
+    size, order = (config["steps"], config["batch_size"]), []
     seeds = sorted({run["seed"] for run in runs})
-    rows = torch.tensor([seeds.index(run["seed"]) for run in runs], device=device)
-    return torch.stack([draw(seed) for seed in seeds]).to(device), rows
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed + 1)     # apart from the initialization's
+        order.append(torch.randint(samples, size, generator=generator))
+    rows = [seeds.index(run["seed"]) for run in runs]
+    return torch.stack(order).to(device), torch.tensor(rows, device=device)
 
 
 def schedule(step, config):
-    """Factor on every base LR at a step counted from zero: linear warmup, then constant or cosine to a
-    tenth."""
+    """Factor on every LR at a step, from zero: linear warmup, then constant or cosine to a tenth."""
     warmup = config["warmup"]
     if step < warmup:
         return (step + 1) / warmup
@@ -409,73 +421,75 @@ def schedule(step, config):
 
 
 def last_tenth(steps):
-    """The step from which on losses and accuracies count: rows hold their means over the last tenth."""
+    """The step from which on losses and accuracies count."""
     return steps - max(1, steps // 10)
 
 
 # ---- training ----
 
 VALIDATION = ("val_loss", "val_accuracy", "logit_rms", "val_ece")
+RESULTS = ("final_train_loss", "train_accuracy", *VALIDATION, "diverged_at")
 
 
 def train(runs, splits=None, device="cpu", data_dir=None, progress=None, track=0, tracked=None,
           alignment=False, checkpoint=None, every=0):
     """Trains runs as one stack and returns one row (dict) per run, in their order.
 
-    runs: dicts of SETTINGS, missing ones at their defaults; within a stack only PER_REPLICA may differ.
-    splits: from data.load, loaded if absent. progress(step, replicas still training) is called at times.
-    track = N appends what `tracker` measures of each of the first twenty steps, every N-th and the last, to
-    the list `tracked`. checkpoint: a path, written every so many steps; if it is there, training goes on
-    from it. Where torch.distributed is initialized, every rank takes an equal share of each batch.
+    runs: dicts of SETTINGS, missing ones at their defaults; only PER_REPLICA may differ.
+    splits: from data.load, loaded if absent. progress(step, replicas still training) is called
+    at times. track = N appends to `tracked` what `tracker` measures after each of the first 20
+    steps, every N-th and the last. checkpoint: a path, written every so many steps; if it is
+    there, training goes on from it. Under torch.distributed every rank takes an equal share of
+    each batch.
 
-    A row holds the settings, their id, results (final_train_loss and train_accuracy over the last tenth of
-    the steps, val_loss, val_accuracy, logit_rms, val_ece on the validation samples, chance_loss) and
-    provenance. diverged_at is the first step, from zero, whose loss is not finite (steps, if only the last
-    update blew up); results are then null. InputError on bad settings, or runs that cannot share a stack.
+    A row holds the settings, their id, results and provenance. final_train_loss and
+    train_accuracy are means over the last tenth of the steps, VALIDATION those over the
+    validation samples; chance_loss is a constant predictor's. diverged_at is the first step,
+    from zero, whose loss is not finite (steps, if only the last update blew up); results are
+    then null. InputError on bad settings, or runs that cannot share a stack.
     """
     start, (rank, ranks) = time.perf_counter(), team()
     runs, config, splits = prepare(runs, splits, device, data_dir, ranks)
     model, base, roles = build(config, device)
-    network, rule = network_of(config, model), rule_of(config)
+    network, rule, steps = network_of(config, model), rule_of(config), config["steps"]
     order_device = "cpu" if splits.y is None else splits.x.device       # text is read on the CPU
     order, row_of = data_order(runs, splits.samples, config, order_device)
-    weights = stack_of(runs, model, base, roles, device, weight_dtype(config))
-    replicas = begin(runs, weights, device, track, tracked)
+    order = order[..., rank::ranks]
+    replicas = stack_of(runs, model, base, roles, device, weight_dtype(config))
+    state = begin(runs, replicas, device, track, tracked)
     if track:
-        measure = tracker(runs, model, roles, weights["weights"], splits, config, tracked, alignment)
+        measure = tracker(state, model, roles, splits, config, alignment)
     if checkpoint and checkpoint.exists():
-        replicas = load_checkpoint(checkpoint, replicas, device)
-        if track:
-            tracked[:] = replicas["tracked"]
-    order, alive = order[..., rank::ranks], row_of[replicas["alive"].to(order_device)]
+        load_checkpoint(checkpoint, state, device)
+    rows, checked = row_of[state.alive.to(order_device)], state.done
     check_every = 5 if torch.device(device).type == "cpu" else 25       # a check waits for the device
-    steps, checked = config["steps"], replicas["done"]
 
     with torch.no_grad(), precision(config, device):
         for step in range(checked, steps):
-            x, y = splits.batch(order[alive, step])
-            means = stack.advance(replicas["stack"], x, y, network, rule, step, schedule(step, config),
+            x, y = splits.batch(order[rows, step])
+            means = stack.advance(state.stack, x, y, network, rule, step, schedule(step, config),
                                   parts=config["accumulate"], accuracy=step >= last_tenth(steps),
                                   average=average_ if ranks > 1 else None)
-            for record, values in zip((replicas["losses"], replicas["hits"]), means):
-                record[step, replicas["alive"]] = values
-            done, last = step + 1, step + 1 == steps
-            replicas["done"] = done
+            for record, values in zip((state.losses, state.hits), means):
+                record[step, state.alive] = values
+            done = state.done = step + 1
+            last, due = done == steps, every and done % every == 0
             if track and (done <= 20 or done % track == 0 or last):
-                measure(done, replicas["alive"], replicas["stack"]["weights"])
-            if last or done % check_every == 0 or (every and done % every == 0):
-                let_go(replicas, checked, last)
-                alive, checked = row_of[replicas["alive"].to(order_device)], done
+                measure()
+            if last or due or done % check_every == 0:
+                let_go(state, checked, last)
+                rows, checked = row_of[state.alive.to(order_device)], done
                 if progress:
-                    progress(done, len(replicas["alive"]))
-                if len(replicas["alive"]) == 0:
+                    progress(done, len(rows))
+                if len(rows) == 0:
                     break
-                if checkpoint and done % every == 0 and not last and rank == 0:
-                    save_checkpoint(checkpoint, {**replicas, "tracked": tracked})
-        finals = evaluate(network, replicas, splits, config) if len(replicas["alive"]) else {}
-    origin = {"network": description(config, model, base, roles), **provenance(device),
+                if checkpoint and due and not last and rank == 0:
+                    save_checkpoint(checkpoint, vars(state))
+        finals = evaluate(network, state, splits, config) if len(rows) else {}
+    origin = {"chance_loss": chance_loss(config, splits),
+              "network": description(config, model, base, roles), **provenance(device),
               "seconds": round((time.perf_counter() - start) / len(runs), 4)}
-    return finished_rows(runs, replicas, finals, chance_loss(config, splits), origin, ranks)
+    return finished_rows(runs, state, finals, origin, ranks)
 
 
 def team():
@@ -488,64 +502,66 @@ def team():
 @contextlib.contextmanager
 def precision(config, device):
     """How matrix products are rounded; torch's own setting comes back at the end."""
-    kind, before = torch.device(device).type, torch.get_float32_matmul_precision()
+    before, half = torch.get_float32_matmul_precision(), config["dtype"] == "bfloat16"
     try:
         if config["dtype"] == "tf32":
             torch.set_float32_matmul_precision("high")
-        with torch.autocast(kind, torch.bfloat16, config["dtype"] == "bfloat16", cache_enabled=False):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, half, cache_enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def prepare(runs, splits, device, data_dir, ranks):
-    """(all settings of every run, those that the stack shares, data). InputError as train says."""
+    """(settings of every run, those of the stack, data). InputError as train says."""
     runs = [configure(run) for run in runs]
     for name in runs[0]:
         if name not in PER_REPLICA and any(run[name] != runs[0][name] for run in runs):
-            raise InputError(f"runs of one stack must share {name}; only {', '.join(PER_REPLICA)} may differ")
+            raise InputError(f"runs of one stack must share {name}; "
+                             f"only {', '.join(PER_REPLICA)} may differ")
     splits = data.load(runs[0], data_dir, device) if splits is None else splits
     if is_text(runs[0]):
         runs = [dict(run, vocab_size=splits.classes) for run in runs]
     config = dict(runs[0], weight_decay=max(run["weight_decay"] for run in runs))
-    size = config["batch_size"]
-    if size > splits.samples:
-        raise InputError(f"batch_size is {size}; it must be at most the {splits.samples} training samples")
-    if size % (ranks * config["accumulate"]):
-        raise InputError(f"batch_size is {size}; it must be a multiple of {ranks} ranks times "
-                         f"accumulate = {config['accumulate']}")
+    size, shares = config["batch_size"], ranks * config["accumulate"]
+    require(config, "batch_size", size <= splits.samples,
+            f"at most the {splits.samples} training samples")
+    require(config, "batch_size", size % shares == 0,
+            f"a multiple of {ranks} ranks times accumulate = {config['accumulate']}")
     return runs, config, splits
 
 
-def begin(runs, weights, device, track, tracked):
+def begin(runs, replicas, device, track, tracked):
     """The state of a stack that has made no step; what a checkpoint keeps."""
-    losses = weights["weights"][0].new_full((runs[0]["steps"], len(runs)), math.nan)
-    return {"ids": [run_id(run) for run in runs], "track": track, "tracked": tracked,
-            "done": 0, "stack": weights,
-            "alive": torch.arange(len(runs), device=device),            # replicas still training
-            "diverged_at": [None] * len(runs),
-            "losses": losses, "hits": torch.zeros_like(losses)}         # (steps, R)
+    losses = replicas["weights"][0].new_full((runs[0]["steps"], len(runs)), math.nan)
+    return SimpleNamespace(
+        ids=[run_id(run) for run in runs], track=track, tracked=tracked, done=0, stack=replicas,
+        alive=torch.arange(len(runs), device=device),               # replicas still training
+        diverged_at=[None] * len(runs),
+        losses=losses, hits=torch.zeros_like(losses))               # (steps, R)
 
 
-def let_go(replicas, checked, last):
-    """Records the replicas that diverged since step `checked`, and drops them from the stack. The last
-    update of a run shows in no loss: after it the weights count as one more step."""
-    alive, done = replicas["alive"], replicas["done"]
-    bad = ~replicas["losses"][checked:done, alive].isfinite()           # (steps, alive)
+def let_go(state, checked, last):
+    """Records the replicas that diverged since step `checked`, and drops them from the stack.
+
+    The last update of a run shows in no loss: after it the weights count as one more step.
+    """
+    alive, done = state.alive, state.done
+    bad = ~state.losses[checked:done, alive].isfinite()                 # (steps, alive)
     if last:
-        finite_weights = [w.flatten(1).isfinite().all(1) for w in replicas["stack"]["weights"]]
+        finite_weights = [w.flatten(1).isfinite().all(1) for w in state.stack["weights"]]
         bad = torch.cat([bad, ~torch.stack(finite_weights).all(0)[None]])
     stays = ~bad.any(0)
     if stays.all():
         return
-    first = bad.int().argmax(0)
     if checked == 0 and bad[0].any():
-        raise InputError("the loss is not finite before the first update; mend the initial weights, or use "
-                         "another --readout-scale")
-    for replica, offset in zip(alive[~stays].tolist(), first[~stays].tolist()):
-        replicas["diverged_at"][replica] = checked + offset
-    replicas["alive"] = alive[stays]
-    stack.drop_(replicas["stack"], stays)
+        raise InputError("the loss is not finite before the first update; mend the initial weights, "
+                         "or use another --readout-scale")
+    first = checked + bad.int().argmax(0)
+    for replica, step in torch.stack([alive, first], 1)[~stays].tolist():
+        state.diverged_at[replica] = step
+    state.alive = alive[stays]
+    stack.drop_(state.stack, stays)
 
 
 def average_(tensors):
@@ -557,139 +573,131 @@ def average_(tensors):
         tensor.copy_(mean.view_as(tensor))
 
 
-def evaluate(network, replicas, splits, config):
-    """{replica: {val_loss, val_accuracy, logit_rms, val_ece}}; logit_rms is the RMS over classes, averaged
-    over samples; val_ece, the expected calibration error, is null for text."""
-    weights, alive = replicas["stack"]["weights"], replicas["alive"]
-    loss, text, sums, kept = loss_of(config), is_text(config), 0, []
-    chunk = max(config["batch_size"] // config["accumulate"], 2048 // config["context"]) if text else 256
+def evaluate(network, state, splits, config):
+    """{replica: {name in VALIDATION: value}}, means over the validation samples.
+
+    logit_rms is the RMS over classes; val_ece, the expected calibration error, is null for text.
+    """
+    loss, text, count = loss_of(config).function, is_text(config), len(state.alive)
+    chunk, sums, kept = 256, 0, []
+    if text:
+        chunk = max(config["batch_size"] // config["accumulate"], 2048 // config["context"])
     for x, y in zip(splits.x_val.split(chunk), splits.y_val.split(chunk)):
-        logits = network.forward(weights, x.expand(len(alive), *x.shape))           # (R, chunk, ..., C)
-        kept += [] if text else [logits]
-        y = y.expand(len(alive), *y.shape)
+        x, y = (part.expand(count, *part.shape) for part in (x, y))
+        logits = network.forward(state.stack["weights"], x)             # (R, chunk, ..., C)
         per_sample = loss(logits, y)[0], logits.argmax(-1) == y, logits.square().mean(-1).sqrt()
         sums += torch.stack([values.double().flatten(1).sum(1) for values in per_sample])
-    means = (sums / splits.y_val.numel()).T.tolist()
-    errors = [None] * len(alive)
+        kept += [] if text else [logits]
+    means, errors = (sums / splits.y_val.numel()).T.tolist(), [None] * count
     if not text:
-        errors = [metrics.expected_calibration_error(logits, splits.y_val) for logits in torch.cat(kept, 1)]
-    return {r: finite(dict(zip(VALIDATION, [*row, error])))
-            for r, row, error in zip(alive.tolist(), means, errors)}
+        errors = [metrics.expected_calibration_error(z, splits.y_val) for z in torch.cat(kept, 1)]
+    rows = (finite(dict(zip(VALIDATION, [*row, error]))) for row, error in zip(means, errors))
+    return dict(zip(state.alive.tolist(), rows))
 
 
 # ---- result rows ----
 
 def finite(value):
-    """The same dict, list or number with null (None) for every number that is not finite: strict JSON."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """The same, with null (None) for every number that is not finite: strict JSON."""
+    return json.loads(json.dumps(value), parse_constant=lambda constant: None)
 
 
-def finished_rows(runs, replicas, finals, chance, origin, ranks):
+def finished_rows(runs, state, finals, origin, ranks):
     """The rows of a stack that has ended; finals: {replica: validation}."""
-    config, late = runs[0], slice(last_tenth(runs[0]["steps"]), None)
-    # several threads share a small product out otherwise where it is alone, whatever MKL promises (measured)
+    config = runs[0]
+    # a small product alone is shared out otherwise by several threads, whatever MKL promises (measured)
     small = min(config["width"] // 2, config["batch_size"] // config["accumulate"]) < 16
     differs = len(runs) > 1 if better_alone(config) else small and torch.get_num_threads() > 1
-    origin = {**origin, "deterministic": origin["deterministic"] and ranks == 1 and not differs}
-    losses, hits = (replicas[key][late].T.tolist() for key in ("losses", "hits"))
+    origin["deterministic"] &= ranks == 1 and not differs
+    late = last_tenth(config["steps"])
+    losses, hits = (record[late:].T.tolist() for record in (state.losses, state.hits))
     rows = []
-    for r, run in enumerate(runs):
-        ended, at = replicas["diverged_at"][r] is None, replicas["diverged_at"][r]
-        results = {"final_train_loss": math.fsum(losses[r]) / len(losses[r]) if ended else None,
-                   "train_accuracy": math.fsum(hits[r]) / len(hits[r]) if ended else None,
-                   **finals.get(r, dict.fromkeys(VALIDATION)), "diverged_at": at}
-        rows.append({"id": run_id(run), **run, **results, "failed": None, "chance_loss": chance, **origin})
+    for r, (run, at) in enumerate(zip(runs, state.diverged_at)):
+        results = {**dict.fromkeys(RESULTS), "diverged_at": at}
+        if at is None:
+            results.update(finals[r], final_train_loss=fmean(losses[r]), train_accuracy=fmean(hits[r]))
+        rows.append({"id": state.ids[r], **run, **results, "failed": None, **origin})
     return rows
 
 
 def failed_row(run, reason, device):
     """The row of a run that could not be trained at all."""
-    nothing = dict.fromkeys(("final_train_loss", "train_accuracy", *VALIDATION, "diverged_at"))
-    return {"id": run_id(run), **run, **nothing, "failed": reason, "chance_loss": None, "network": None,
-            **provenance(device), "seconds": 0.0}
+    return {"id": run_id(run), **run, **dict.fromkeys(RESULTS), "failed": reason,
+            "chance_loss": None, "network": None, **provenance(device), "seconds": 0.0}
 
 
 @functools.cache
 def provenance(device):
-    """Versions, device, git commit of this file ("+" if the tree was changed), and whether the same run
-    gives the same bits here whatever shares its stack: MKL promises it on the CPU (if this file came before
-    torch), CUDA does not."""
-    def git(*command):
-        try:
-            ran = subprocess.run(("git", *command), cwd=Path(__file__).parent, capture_output=True, text=True)
-            return ran.stdout
-        except OSError:
-            return ""
+    """Versions, device, git commit of this file ("+" if the tree was changed), and whether the same
+    run gives the same bits here whatever shares its stack.
 
-    commit, kind = git("rev-parse", "--short=12", "HEAD").strip(), torch.device(device).type
-    changed = "+" if commit and git("status", "--porcelain", "--untracked-files=no").strip() else ""
+    MKL promises that on the CPU (if this file came before torch), CUDA does not.
+    """
+    describe = "git describe --always --dirty=+ --abbrev=12 --exclude=*".split()
+    try:
+        ran = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = ran.stdout.strip() or None
+    except OSError:
+        commit = None
+    kind = torch.device(device).type
     return {"python": platform.python_version(), "torch": torch.__version__,
             "device": torch.cuda.get_device_name(device) if kind == "cuda" else kind,
-            "commit": commit + changed if commit else None,
+            "commit": commit,
             "deterministic": kind == "cpu" and torch.backends.mkl.is_available() and SAME_BITS}
 
 
-def tracker(runs, model, roles, initial, splits, config, tracked, alignment=False):
-    """measure(step, alive, weights): appends to `tracked` what metrics.py says of every replica after
-    `step` updates.
-
-    One dict per run, step and module: id, step, module, layer (from 0, in the model's order), role, the
-    norms of the refined coordinate check, layer statistics, gradient norm, alignments if asked for; and one
-    for the logits, module "": loss, rms, change (rms), margin, chi, and after the last step the softmax
-    outputs. All on the first batch_size validation samples, the same for every run; null where a value is
-    undefined or not finite.
+def tracker(state, model, roles, splits, config, alignment):
+    """measure(): appends to state.tracked a dict per replica and module: its id, the step and
+    `measurements` on the first batch_size validation samples, the same for every run.
     """
-    names = [name for name, _ in model.named_parameters()]
-    x, y = splits.x_val[:config["batch_size"]], splits.y_val[:config["batch_size"]]
-    loss, module = loss_of(config), copy.deepcopy(model)            # takes each replica's weights in turn
-    first = {id(w): name for name, w in model.named_parameters()}           # of tied ones
-    weight_of = {name: first[id(w)] for name, w in model.named_parameters(remove_duplicate=False)}
+    x, y = (part[:config["batch_size"]] for part in (splits.x_val, splits.y_val))
+    module, loss_and_chi = copy.deepcopy(model), loss_of(config).function
 
-    def mean_loss(logits, y):
-        return loss(logits, y)[0].mean()
+    def loss(logits, y):
+        return loss_and_chi(logits, y)[0].mean()
 
-    def load(weights, r):
-        return models.put(module, [w[r] for w in weights])
+    def load(r):
+        return models.put(module, [w[r].clone() for w in state.stack["weights"]])
 
-    initial, references, initial_logits = [w.clone() for w in initial], [], []
     with torch.no_grad():
-        for r in range(len(runs)):
-            references.append(metrics.capture(load(initial, r), x))
-            initial_logits.append(module(x))
-    ids, reference_norms = [run_id(run) for run in runs], [{} for _ in runs]
+        before = [(metrics.capture(load(r), x), module(x), {}) for r in state.alive.tolist()]
 
     @torch.autocast(x.device.type, enabled=False)
-    def measure(step, alive, weights):
-        for position, r in enumerate(alive.tolist()):
-            key, reference = {"id": ids[r], "step": step}, references[r]
-            layers = metrics.updates(load(weights, position), reference, x)
-            per_module = [metrics.refined_coordinate_check(module, reference, x, layers),
-                          metrics.layer_statistics(module, reference, x, layers)]
-            if alignment:
-                per_module.append(metrics.alignment(module, reference, x, layers, reference_norms[r]))
-            with torch.enable_grad():
-                logits = module(x)
-                whole = mean_loss(logits, y)
-                gradient = dict(zip(names, torch.autograd.grad(whole, list(module.parameters()))))
-            for layer, name in enumerate(layers):
-                values = {k: v for part in per_module for k, v in part[name].items()}
-                weight = weight_of[f"{name}.weight"]
-                values["gradient"] = gradient[weight].norm().item()
-                role = roles[weight]
-                tracked.append({**key, "module": name, "layer": layer, "role": role, **finite(values)})
-            logits = logits.detach()
-            change = (logits - initial_logits[r]).square().mean(-1).sqrt().mean()
-            values = {"loss": whole.item(), "change": change.item(),
-                      **metrics.logit_statistics(logits, y, mean_loss)}
-            if step == config["steps"] and y.ndim == 1:
-                values["softmax"] = logits.softmax(-1).tolist()
-            tracked.append({**key, "module": "", "layer": len(layers), "role": "logits", **finite(values)})
+    def measure():
+        softmax = state.done == config["steps"] and y.ndim == 1
+        for position, r in enumerate(state.alive.tolist()):
+            load(position)
+            for row in measurements(module, roles, x, y, loss, *before[r], alignment, softmax):
+                state.tracked.append({"id": state.ids[r], "step": state.done, **finite(row)})
 
     return measure
+
+
+def measurements(module, roles, x, y, loss, reference, initial_logits, norms, alignment, softmax):
+    """Yields a dict per module: module, layer (from 0, in the model's order), role, refined
+    coordinate check, layer statistics, alignments if asked for, gradient norm.
+
+    And one for the logits, module "": loss, change (rms), rms, margin, chi, and softmax outputs
+    if asked for. norms: see metrics.alignment.
+    """
+    layers, parameters = metrics.updates(module, reference, x), list(module.parameters())
+    given = module, reference, x, layers
+    check, statistics = metrics.refined_coordinate_check(*given), metrics.layer_statistics(*given)
+    aligned = metrics.alignment(*given, norms) if alignment else {}
+    with torch.enable_grad():
+        logits = module(x)
+        value = loss(logits, y)
+        gradients = torch.autograd.grad(value, parameters)
+    of_weight = dict(zip(parameters, zip(roles.values(), gradients)))       # tied ones once
+    for layer, name in enumerate(layers):
+        role, gradient = of_weight[module.get_submodule(name).weight]
+        yield {"module": name, "layer": layer, "role": role, **check[name], **statistics[name],
+               **aligned.get(name, {}), "gradient": gradient.norm().item()}
+    logits = logits.detach()
+    change = (logits - initial_logits).square().mean(-1).sqrt().mean()
+    row = {"module": "", "layer": len(layers), "role": "logits", "loss": value.item(),
+           "change": change.item(), **metrics.logit_statistics(logits, y, loss)}
+    yield {**row, "softmax": logits.softmax(-1).tolist()} if softmax else row
 
 
 # ---- files ----
@@ -714,30 +722,31 @@ def make_folder(path):
                          "name another with --out") from None
 
 
-def save_checkpoint(path, replicas):
-    """Writes whole or not at all. The data order is no part of it: it follows from the seed and the step."""
+def save_checkpoint(path, state):
+    """Writes whole or not at all; the data order follows from the seed and the step."""
     with data.whole_file(path) as file:
         try:
-            torch.save({**replicas, "stack": stack.state(replicas["stack"])}, file)
+            torch.save({**state, "stack": stack.state(state["stack"])}, file)
         except RuntimeError as error:       # how torch says that the disk is full
             raise OSError(f"{path} could not be written; make room, or train without --checkpoint") from error
 
 
-def load_checkpoint(path, begun, device):
-    """What save_checkpoint wrote, in place of the state `begun` of the same runs. InputError if it is damaged
-    or of other runs."""
+def load_checkpoint(path, state, device):
+    """Sets a begun state to what was saved. InputError if that is damaged or of other runs."""
     with open(path, "rb") as file:
         try:
-            state = dict(torch.load(file, map_location=device, weights_only=True))
-            state = {name: state[name] for name in begun}
+            saved = dict(torch.load(file, map_location=device, weights_only=True))
+            saved = {name: saved[name] for name in vars(state)}
         except Exception:           # a damaged file raises all kinds
             raise InputError(f"{path} is damaged; remove it to begin that run anew") from None
-    if state["ids"] != begun["ids"]:
+    if saved["ids"] != state.ids:
         raise InputError(f"{path} belongs to another run; remove it, or use another --out")
-    if state["track"] != begun["track"]:
-        raise InputError(f"{path} was begun with --track {state['track']}, not {begun['track']}; "
+    if saved["track"] != state.track:
+        raise InputError(f"{path} was begun with --track {saved['track']}, not {state.track}; "
                          "go on with that, or remove it")
-    return state
+    if state.track:
+        state.tracked[:] = saved["tracked"]
+    vars(state).update(saved, tracked=state.tracked)
 
 
 # ---- command line, shared by the scripts ----
@@ -759,78 +768,80 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser, several=(), without=(), defaults=()):
-    """A flag for every setting, None where it is not given, but for those in `without`; those in `several`
-    take a list. Then what the scripts share. defaults: words for defaults that a script replaces."""
-    group = parser.add_argument_group("settings of a run")
+    """A flag for every setting, None where it is not given, and those that all scripts share.
+
+    several: settings that take a list; without: those without a flag; defaults: {name: words},
+    those that a script replaces.
+    """
+    add = parser.add_argument_group("settings of a run").add_argument
     for name, (default, kind, text) in SETTINGS.items():
-        default = dict(defaults).get(name, default)
-        flag = "--" + name.replace("_", "-")
-        for where, values in (("text", ON_TEXT), ("text adam", ADAM_ON_TEXT), ("FILE.py", dict(init="own"))):
+        if name in (*without, "code"):          # the file tells its code
+            continue
+        words = dict(defaults).get(name, "none" if default == "" else default)
+        for where, values in (("text", ON_TEXT), ("text adam", ADAM_ON_TEXT), ("FILE.py", {"init": "own"})):
             if name in values:
-                default = f"{default}; {where}: {values[name]}"
-        default = "none" if default == "" else default
-        words = f"{text} (default {default})".replace("%", "%%")
+                words = f"{words}; {where}: {values[name]}"
+        choices = f"{kind.words}; " if kind.words.startswith("one of") else ""
+        options = {"help": f"{choices}{text} (default {words})".replace("%", "%%")}
         if kind is FLAG:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=words)
-        elif name not in (*without, "code"):            # the file tells its code
-            words = f"{kind.words}; {words}" if kind.words.startswith("one of") else words
-            group.add_argument(flag, type=kind.type, metavar={str: "NAME", int: "N", float: "X"}[kind.type],
-                               nargs="+" if name in (*several, "roles") else None, help=words)
-    group.add_argument("--plan", action="store_true", help="print role, initial standard deviation and LR of "
-                       "every tensor, and stop; look at it before you train a network of yours")
-    group = parser.add_argument_group("measurements and machine")
-    add = group.add_argument
-    add("--track", type=int, default=0, metavar="N", help="measure every module in the first 20 steps, then "
-        "every N-th, into track*.jsonl of --out; 0 is never (default 0)")
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options.update(type=kind.type, metavar={str: "NAME", int: "N", float: "X"}[kind.type],
+                           nargs="+" if name in (*several, "roles") else None)
+        add("--" + name.replace("_", "-"), **options)
+    add("--plan", action="store_true", help="print every tensor's role, initial standard deviation "
+        "and LR, and stop; look at it before you train a network of yours")
+    add = parser.add_argument_group("measurements and machine").add_argument
+    add("--track", type=int, default=0, metavar="N", help="measure every module in the first 20 steps, "
+        "then every N-th, into track*.jsonl of --out; 0 is never (default 0)")
     add("--alignment", action="store_true",
         help="with --track: operator-norm alignments too, at twice the cost")
     add("--data-dir", metavar="DIR", help="folder of the data files (default $DATA_DIR, ./data)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N; under torchrun each rank takes its own "
-        "(default auto)")
+    add("--device", default="auto",
+        help="auto, cpu, cuda or cuda:N; under torchrun each rank takes its own (default auto)")
 
 
 def choose_device(name):
-    """torch device name; auto takes CUDA where there is one. Under torchrun, ranks of a node take its CUDA
-    devices in turn. InputError if it is not there."""
+    """torch's name of a device; auto takes CUDA where there is one, and ranks of torchrun take the
+    CUDA devices of their node in turn. InputError if it is not there."""
+    count = torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
-    kind, _, index = name.partition(":")
-    if name not in ("cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, count)}"
+    kind = re.fullmatch(r"cpu|cuda(:(\d+))?", name)
+    if not kind:
         raise InputError(f"device is {name!r}; choose auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name} is not there ({torch.cuda.device_count()} CUDA devices); "
-                         "use --device auto")
+    if name != "cpu" and int(kind[2] or 0) >= count:
+        raise InputError(f"device {name} is not there ({count} CUDA devices); use --device auto")
     return name
 
 
 def command_line(main):
-    """Runs main; bad input ends with one line on standard error and exit code 2, an interrupt with 130."""
-    script = Path(sys.argv[0]).name
+    """Runs main; bad input ends with one line and exit code 2, an interrupt with 130."""
     try:
-        main()
+        return main()
     except BrokenPipeError:             # whoever read the output, head say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (InputError, OSError) as error:
-        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        print(f"{script}: out of memory; use a smaller width, batch size, number of steps or --stack",
-              file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"\n{str(interrupt) or 'interrupted; the same command goes on'}", file=sys.stderr)
         sys.exit(130)
+    except (InputError, OSError) as error:
+        words = " ".join(str(error).split())
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        words = "out of memory; use a smaller width, batch size, number of steps or --stack"
+    print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
+    sys.exit(2)
 
 
 def out_of_memory(error):
-    words = "DefaultCPUAllocator", "Storage size calculation overflowed"        # of the CPU's RuntimeErrors
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+    if isinstance(error, RuntimeError):
+        words = "DefaultCPUAllocator|Storage size calculation overflowed"       # of the CPU's
+        return isinstance(error, torch.OutOfMemoryError) or bool(re.search(words, str(error)))
+    return isinstance(error, MemoryError)
 
 
 def parse():
@@ -841,20 +852,20 @@ def parse():
     add("--out", type=Path, metavar="DIR",
         help="also write the row to DIR/runs-ID.jsonl; a run found there is not run again")
     add("--checkpoint", type=int, default=0, metavar="N",
-        help="every N steps write what is needed to go on to DIR/checkpoint-ID.pt; 0 is never (default 0)")
+        help="every N steps write DIR/checkpoint-ID.pt, to go on from; 0 is never (default 0)")
     args = vars(parser.parse_args())
     for name in ("track", "checkpoint"):
-        if args[name] < 0 or (args[name] and not args["out"]):
-            raise InputError(f"{name} is {args[name]}; it must be at least 0, and needs a folder: --out DIR")
-    run = configure(settings_given(args))
-    build(run)          # says what does not fit before anything is loaded
-    return run, argparse.Namespace(**args)
+        fits = args[name] > 0 and args["out"] or args[name] == 0
+        require(args, name, fits, "at least 0, with a folder for it: --out DIR")
+    config = configure(settings_given(args))
+    build(config)       # says what does not fit before anything is loaded
+    return config, SimpleNamespace(**args)
 
 
 def settings_given(args):
     """{setting: value} of those that the command line names."""
     given = {name: args[name] for name in SETTINGS if args.get(name) is not None}
-    if isinstance(given.get("roles"), list):
+    if "roles" in given:
         given["roles"] = " ".join(given["roles"])
     return given
 
@@ -862,21 +873,22 @@ def settings_given(args):
 def main():
     config, args = parse()
     if args.plan:
-        print(plan(config))
-        return
-    device, every, leader = choose_device(args.device), args.checkpoint, os.environ.get("RANK", "0") == "0"
+        return print(plan(config))
+    device, every = choose_device(args.device), args.checkpoint
+    leader = os.environ.get("RANK", "0") == "0"
     splits, tracked = data.load(config, args.data_dir, device), []
     if is_text(config):
         config["vocab_size"] = splits.classes
-    names = (name.format(run_id(config)) for name in ("runs-{}.jsonl", "track-{}.jsonl", "checkpoint-{}.pt"))
-    file, tracks, checkpoint = (args.out and args.out / name for name in names)
-    if file and file.exists() and (tracks.exists() or not args.track):
+    out, key = args.out or Path(), run_id(config)
+    file, tracks = out / f"runs-{key}.jsonl", out / f"track-{key}.jsonl"
+    checkpoint = out / f"checkpoint-{key}.pt"
+    if args.out and file.exists() and (tracks.exists() or not args.track):
         if leader:
             print(f"{file} is there: not run again", file=sys.stderr)
             print(file.read_text(), end="")
         return
     if args.out:
-        make_folder(args.out)
+        make_folder(out)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
@@ -888,9 +900,10 @@ def main():
         row, = train([config], splits, device, None, progress, args.track, tracked, args.alignment,
                      checkpoint if every else None, every)
     except KeyboardInterrupt:
-        kept = f"goes on from {checkpoint}" if every and checkpoint.exists() else \
-            "begins anew (--checkpoint N would keep what is done)"
-        raise KeyboardInterrupt(f"interrupted; the same command {kept}") from None
+        goes_on = "begins anew (--checkpoint N would keep what is done)"
+        if every and checkpoint.exists():
+            goes_on = f"goes on from {checkpoint}"
+        raise KeyboardInterrupt(f"interrupted; the same command {goes_on}") from None
     if leader:
         at = row["diverged_at"]
         print("" if at is None else f"\ndiverged at step {at}", file=sys.stderr)
@@ -900,7 +913,7 @@ def main():
                     target.write(lines_of(rows).encode())
         if args.out:
             checkpoint.unlink(missing_ok=True)
-        print(json.dumps(row, allow_nan=False))
+        print(lines_of([row]), end="")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
