@@ -148,13 +148,11 @@ def edges(losses, stable):
     """
     found = []
     for best, ok in zip(losses.argmin(1), stable):
-        unstable = (best + np.flatnonzero(~ok[best:])).tolist()
-        if not unstable:
-            found.append((len(ok) - 1, None))
-        elif unstable[0] == best:
+        above = next((k for k in range(best, len(ok)) if not ok[k]), None)
+        if above == best:
             found.append((None, None))
         else:
-            found.append((unstable[0] - 1, unstable[0]))
+            found.append((len(ok) - 1 if above is None else above - 1, above))
     return found
 
 
@@ -285,14 +283,12 @@ def exponents_of(points, widths):
 
 # ---- the rows of summary.json ----
 
-def depth(shared):
-    """Hidden activations as param.predict counts them: one more than hidden matrices. That is exact for an
-    MLP; of other networks only counts whether there is any."""
-    return 1 + shared["network"]["hidden_tensors"]
-
-
 def shared_settings(rows):
-    """What all rows have in common: SHOWN, trainable and the network. InputError where they have not."""
+    """What all rows have in common, SHOWN and what a prediction must know. InputError where they have not.
+
+    depth: hidden activations as param.predict counts them, one more than hidden matrices. That is exact for
+    an MLP; of other networks only counts whether there is any.
+    """
     lacking = [name for name in train.SETTINGS if any(name not in row for row in rows)]
     if lacking:
         raise InputError(f"the rows lack {lacking[0]}: another version wrote them; analyze them with that "
@@ -304,14 +300,19 @@ def shared_settings(rows):
             raise InputError(f"the rows have {name} = {values}; analyze the rows of one sweep at a time")
     networks = [row["network"] for row in rows if row.get("network")]       # a failed run has none
     first = networks[0] if networks else {"hidden_tensors": 2, "roles_given": False}
-    return {**shared, "network": {**first, "uneven": any(network["uneven"] for network in networks)}}
+    return {**shared, "depth": 1 + first["hidden_tensors"], "roles_given": first["roles_given"],
+            "uneven": any(network["uneven"] for network in networks)}
 
 
 def asked_or_all(rows, curves=None, widths=None, seeds=None):
-    """curves (tuples of CURVE), widths and seeds (how many): those asked for, else all that the rows have."""
-    return (list(dict.fromkeys(map(curve_of, rows))) if curves is None else curves,
-            sorted({row["width"] for row in rows}) if widths is None else widths,
-            1 + max(row["seed"] for row in rows) if seeds is None else seeds)
+    """curves (values of CURVE), widths and seeds (how many): those asked for, else all that the rows have."""
+    if curves is None:
+        curves = dict.fromkeys(map(curve_of, rows))
+    if widths is None:
+        widths = sorted({row["width"] for row in rows})
+    if seeds is None:
+        seeds = 1 + max(row["seed"] for row in rows)
+    return list(map(tuple, curves)), widths, seeds
 
 
 def summarize(rows, criterion="chance", curves=None, widths=None, seeds=None):
@@ -319,7 +320,8 @@ def summarize(rows, criterion="chance", curves=None, widths=None, seeds=None):
     curves, widths, seeds = asked_or_all(rows, curves, widths, seeds)
     criterion, shared, summary = criterion_of(criterion), shared_settings(rows), []
     for curve in curves:
-        found = [(cell, width) for width in widths if len((cell := cell_of(rows, curve, width, seeds))["lr"])]
+        cells = [cell_of(rows, curve, width, seeds) for width in widths]
+        found = [(cell, width) for cell, width in zip(cells, widths) if len(cell["lr"])]
         if found:
             failed = {row["width"] for row in rows if row["failed"] and curve_of(row) == curve}
             summary.append(summarize_curve(curve, *zip(*found), sorted(failed), criterion, shared))
@@ -342,7 +344,7 @@ def summarize_curve(curve, cells, widths, failed, criterion, shared):
     told = dict(zip(CURVE, curve))
     points = [points_of(cell, criterion) for cell in cells]
     fits = exponents_of(points, widths)
-    bound = param.max_trainable_alpha(told["param"], told["optimizer"], told["loss"], depth(shared),
+    bound = param.max_trainable_alpha(told["param"], told["optimizer"], told["loss"], shared["depth"],
                                       shared["trainable"])
     finished = [np.where(cell["losses"] < DIVERGED, cell["losses"], math.nan) for cell in cells]
     best = [cell["losses"].mean(0).argmin() for cell in cells]
@@ -382,11 +384,11 @@ def summarize_curve(curve, cells, widths, failed, criterion, shared):
 
 def assumptions(shared):
     """What the prediction of a network of the user's takes for granted, where that is in doubt."""
-    said, network = [], shared["network"]
-    if train.is_own(shared) and network["uneven"]:
+    said = []
+    if train.is_own(shared) and shared["uneven"]:
         said.append("the prediction takes all dimensions that grow for proportional to the width; here some "
                     "grow otherwise")
-    if network["roles_given"]:
+    if shared["roles_given"]:
         said.append("the prediction takes the roles given for right")
     return said
 
@@ -457,11 +459,11 @@ def summarize_tracks(rows, tracks, curves=None, widths=None, seeds=None):
         if roles is None:
             continue
 
+        grid = [[ids.get((seed, width)) for width in widths] for seed in range(seeds)]
+
         def values(step, module, quantity):
             """[S][W] of one tracked quantity, None where a run has none."""
-            rows = [[tracks.get((ids.get((seed, width)), step, module), {}) for width in widths]
-                    for seed in range(seeds)]
-            return [[row.get(quantity) for row in of_seed] for of_seed in rows]
+            return [[tracks.get((id, step, module), {}).get(quantity) for id in line] for line in grid]
 
         told = dict(zip(CURVE, curve))
         softmax = values(shared["steps"], "", "softmax")
@@ -520,7 +522,7 @@ def predicted_updates(curve, shared, step, roles):
     readout sees.
     """
     predicted = param.predict(curve["param"], curve["optimizer"], curve["loss"], curve["alpha"],
-                              depth(shared), shared["trainable"], step)
+                              shared["depth"], shared["trainable"], step)
     names = [name for name in roles if name]
     effective, propagating, features = predicted.effective, predicted.propagating, predicted.features
     if shared["model"] == "mlp":
@@ -683,10 +685,8 @@ def main():
     stable_if = args.stable_if or before.get("stable_if", "chance")
     criterion_of(stable_if)
     tracks = read_rows(args.out, "track*.jsonl", mend=False)
-    asked = before.get("asked") or {}
-    if asked.get("curves"):
-        asked["curves"] = [tuple(curve) for curve in asked["curves"]]
-    report(args.out, rows, tracks, stable_if, before.get("command", " ".join(["python", *sys.argv])), **asked)
+    command = before.get("command", " ".join(["python", *sys.argv]))
+    report(args.out, rows, tracks, stable_if, command, **before.get("asked") or {})
 
 
 if __name__ == "__main__":
