@@ -1,15 +1,15 @@
 """From result rows to optimum, stability edge, exponents with intervals, tables and summary.json; nothing
 is trained.
 
-    python analyze.py out/headline                          # the table of a sweep again, and its summary.json
+    python analyze.py out/headline                              # the table and summary.json of a sweep again
     python analyze.py out/headline --stable-if accuracy=0.8     # under another criterion of stability
 
-    curve            one value of each setting in CURVE; its exponent is of LR against width, -0.5 is n^-1/2
+    curve            one value of each setting in CURVE
     cell             one curve at one width: losses (S, K) of S seeds at K learning rates
-    optimal LR       vertex of a parabola in log LR through the final train losses around their lowest mean
+    optimal LR       vertex of a parabola in log LR through the losses around their lowest mean
     max-stable LR    end of the contiguous stable range above the optimum: a bracket of two LRs
-    exponents        both are read from each seed; least squares of the seeds' mean log LR on log width, with
-                     95 % intervals from their spread and the grid's step
+    exponents        of LR against width, -0.5 is n^-1/2: least squares of the seeds' mean log LR on log
+                     width, with 95 % intervals from the seeds' spread and the grid's step
 
 Predictions come from `param.predict`, measured exponents of updates from `metrics.fit_exponent`.
 """
@@ -21,6 +21,7 @@ import math
 import os
 import re
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,14 +35,15 @@ from train import InputError, finite
 # Settings that tell one curve from another, and those that vary within a sweep.
 CURVE = ("loss", "param", "optimizer", "alpha", "norm_affine", "warmup")
 GRID = ("width", "lr", "seed") + CURVE
-SHOWN = ("model", "data", "hidden_layers", "layers", "steps", "base_width")         # repeated in summary.json
+curve_of = itemgetter(*CURVE)           # a row's curve, a tuple
+SHOWN = ("model", "data", "hidden_layers", "layers", "steps", "base_width")     # repeated in summary.json
 CRITERIA = {    # name: (default X, words)
     "chance":   (1.0, "loss below X times a constant predictor's"),
     "accuracy": (0.3, "train accuracy above X"),
     "best+1":   (1.0, "loss within X of the lowest at that width and seed"),
-    "1.2x":     (1.2, "loss within X times the lowest at that width and seed"),
+    "1.2x":     (1.2, "loss within X times that lowest one"),
 }
-DIVERGED = 1e30         # stands for the infinite loss of a diverged run, so that means stay numbers
+DIVERGED = 1e30         # the infinite loss of a diverged run, so that means stay numbers
 CURVED, CERTAIN = 0.99, 0.9999      # confidence at which a curvature counts, and ends the search for it
 
 
@@ -57,10 +59,10 @@ def key_of(row):
 
 
 def read_rows(out, files="runs*.jsonl", mend=True):
-    """{key: row} of every runs*.jsonl in a folder, or of its track*.jsonl.
+    """{key: row} of all such files in a folder. InputError names a line that is no row.
 
     A last line without its end was cut by a kill: dropped, with a word, where nobody else may be writing
-    (mend). InputError names any other line that is no row.
+    (mend).
     """
     rows = {}
     for path in sorted(Path(out).glob(files)):
@@ -89,8 +91,9 @@ def write_json(path, value):
 
 # ---- from rows to an optimum and a stability edge ----
 
-def curve_of(row):
-    return tuple(row[name] for name in CURVE)
+def floats(values):
+    """A float array, None as nan."""
+    return np.array(values, dtype=float)
 
 
 def criterion_of(text):
@@ -109,30 +112,29 @@ def criterion_of(text):
 
 
 def cell_of(rows, curve, width, seeds):
-    """Results of one curve at one width: lr (K,), losses, accuracies and validation (S, K), chance; LRs
-    lacking a seed are left out."""
-    by_lr = {}
-    for row in rows:
-        if curve_of(row) == curve and row["width"] == width and row["seed"] < seeds and not row["failed"]:
-            by_lr.setdefault(row["lr"], {})[row["seed"]] = row
-    lrs = sorted(lr for lr, of_seed in by_lr.items() if len(of_seed) == seeds)
+    """lr (K,), losses, accuracies and validation (S, K), chance; LRs lacking a seed are left out."""
+    found = {(row["lr"], row["seed"]): row for row in rows
+             if curve_of(row) == curve and row["width"] == width and not row["failed"]}
+    seeds = range(seeds)
+    lrs = [lr for lr in sorted({lr for lr, _ in found}) if all((lr, seed) in found for seed in seeds)]
 
     def column(name, diverged=math.nan):
-        values = np.array([[by_lr[lr][seed][name] for lr in lrs] for seed in range(seeds)], dtype=float)
+        values = floats([[found[lr, seed][name] for lr in lrs] for seed in seeds])
         return np.where(np.isnan(values), diverged, values)
 
     return {
         "lr": np.array(lrs),
         "losses": column("final_train_loss", DIVERGED),
         "accuracies": column("train_accuracy", 0.0),
-        "chance": by_lr[lrs[0]][0]["chance_loss"] if lrs else math.nan,
+        "chance": found[lrs[0], 0]["chance_loss"] if lrs else math.nan,
         **{name: column(name) for name in train.VALIDATION},
     }
 
 
 def stability(cell, criterion):
-    """Which runs (S, K) count as stable: a property of each run, told by its own seed's losses alone."""
-    (name, x), losses = criterion, cell["losses"]
+    """Which runs (S, K) are stable, told by their own seed's losses alone."""
+    name, x = criterion
+    losses = cell["losses"]
     best = losses.min(1, keepdims=True)
     limits = {"chance": x * cell["chance"], "best+1": best + x, "1.2x": x * best}
     stable = cell["accuracies"] > x if name == "accuracy" else losses < limits[name]
@@ -140,12 +142,8 @@ def stability(cell, criterion):
 
 
 def edges(losses, stable):
-    """Of each seed the columns (largest stable LR, smallest unstable one), contiguous from the seed's
-    lowest loss up.
-
-    losses, stable: (S, K). None where there is none: (None, None) if that loss is not stable, (last, None)
-    if nothing above it is unstable.
-    """
+    """Of each seed the columns (largest stable LR, smallest unstable one), contiguous from its lowest loss
+    up. (None, None): that is not stable; (last, None): nothing above is unstable. losses, stable (S, K)."""
     found = []
     for best, ok in zip(losses.argmin(1), stable):
         above = next((k for k in range(best, len(ok)) if not ok[k]), None)
@@ -176,7 +174,8 @@ class Parabola(NamedTuple):
 
 def shared_parabola(x, y):
     """Least squares, one curvature for all seeds; x (K,), y (S, K). None where that leaves no residuals."""
-    seeds, freedom = len(y), y.size - 2 * len(y) - 1
+    seeds = len(y)
+    freedom = y.size - 2 * seeds - 1
     if len(x) < 3 or freedom < 1:
         return None
     line = x - x.mean()
@@ -195,12 +194,13 @@ def shared_parabola(x, y):
 
 
 def window(log_lr, losses, usable):
-    """(first, last column, their shared parabola or None, open) around the lowest mean loss.
+    """(first, last column, their shared parabola or None, open) around the lowest mean loss; losses (S, K).
 
     Widened over usable columns (K,), the nearer one first, until the curvature is certain, but beyond no mean
-    that is certainly above the lowest. open: LRs below the first column are missing. losses (S, K).
+    that is certainly above the lowest. open: LRs below the first column are missing.
     """
-    mean, fit = losses.mean(0), None
+    mean = losses.mean(0)
+    fit = None
     best = first = last = int(mean.argmin())
 
     def ends(k):
@@ -218,15 +218,17 @@ def window(log_lr, losses, usable):
 
 
 def optimum(log_lr, losses, stable):
-    """(log optimal LR of each seed (S,), width of the interval in which all may be off, is it the last stable
-    LR?) of losses (S, K); nan where every LR had a divergence.
+    """(log optimal LR (S,), width of the interval in which all may be off, is it the last stable LR?) of
+    losses (S, K); nan where every LR had a divergence.
 
     Vertices of the parabola in `window`, off by its error and, as no curve is a parabola, by half a step.
-    Where the losses show none, or fall up to a cliff, each seed's own argmin: off by a step at a cliff, else
-    by the range of LRs whose mean loss is not above the lowest.
+    Without one each seed's own argmin: off by a step at a cliff, else by the range of LRs whose mean loss is
+    not above the lowest.
     """
-    mean, step = losses.mean(0), min(np.diff(log_lr), default=math.nan)
-    best, own = int(mean.argmin()), log_lr[losses.argmin(1)]
+    mean = losses.mean(0)
+    best = int(mean.argmin())
+    own = log_lr[losses.argmin(1)]
+    step = min(np.diff(log_lr), default=math.nan)
     if losses[:, best].max() >= DIVERGED:
         return np.full(len(losses), math.nan), math.nan, False
     first, last, fit, _ = window(log_lr, losses, stable.all(0))
@@ -241,36 +243,34 @@ def optimum(log_lr, losses, stable):
 
 
 def points_of(cell, criterion):
-    """What a cell says of optimum and edge: {"optimal": log LR (S,), "within": width of the interval in which
-    all of them may be off, "stable", "unstable": log LR (S,) of each seed's bracket, nan where there is none,
-    "at_edge": is the optimum the last stable LR?}."""
-    stable, log_lr = stability(cell, criterion), np.log(cell["lr"])
+    """What `optimum` says of a cell, "optimal" (S,), "within" and "at_edge", and the log LRs (S,) of each
+    seed's bracket, "stable" and "unstable", nan where there is none."""
+    stable = stability(cell, criterion)
+    log_lr = np.log(cell["lr"])
     optimal, within, at_edge = optimum(log_lr, cell["losses"], stable)
-    brackets = np.array([[math.nan if k is None else log_lr[k] for k in pair]
-                         for pair in edges(cell["losses"], stable)])        # (S, 2)
-    return {"optimal": optimal, "within": within, "stable": brackets[:, 0], "unstable": brackets[:, 1],
-            "at_edge": at_edge}
+    below, above = np.array([[math.nan if k is None else log_lr[k] for k in pair]
+                             for pair in edges(cell["losses"], stable)]).T
+    return {"optimal": optimal, "within": within, "at_edge": at_edge, "stable": below, "unstable": above}
 
 
 def exponent_of(widths, values, within, equal_noise=True):
     """(slope, [low, high], widths that count) of values (S, W), their logs known within intervals (W,).
 
-    A width counts where every seed's value is finite and positive; nan below two of them. Interval:
+    A width counts where all its values are finite and positive; nan below two. Interval, equal_noise:
     metrics.exponent_interval.
     """
     have = (np.isfinite(values) & (values > 0)).all(0)
     known = np.array(widths)[have], values[:, have]
     if len(set(known[0])) < 2:
-        return math.nan, [math.nan, math.nan], int(have.sum())
-    low, high = metrics.exponent_interval(*known, resolution=np.exp(within[have]), equal_noise=equal_noise)
-    return metrics.fit_exponent(*known)[0], [low, high], int(have.sum())
+        return math.nan, [math.nan, math.nan], len(known[0])
+    interval = metrics.exponent_interval(*known, resolution=np.exp(within[have]), equal_noise=equal_noise)
+    return metrics.fit_exponent(*known)[0], list(interval), len(known[0])
 
 
 def exponents_of(points, widths):
     """{"optimal": ..., "max_stable": ...} as exponent_of, from the points of every width.
 
-    The edge is a property of a run: each seed's bracket counts by its middle, and their mean is known within
-    the mean bracket.
+    A bracket counts by its middle, and the middles' mean over seeds is known within the mean bracket.
     """
     def column(name):
         return np.stack([point[name] for point in points], -1)              # (S, W) or (W,)
@@ -284,15 +284,15 @@ def exponents_of(points, widths):
 # ---- the rows of summary.json ----
 
 def shared_settings(rows):
-    """What all rows have in common, SHOWN and what a prediction must know. InputError where they have not.
+    """What all rows have in common: SHOWN and what a prediction must know. InputError where they differ.
 
-    depth: hidden activations as param.predict counts them, one more than hidden matrices. That is exact for
-    an MLP; of other networks only counts whether there is any.
+    depth: param.predict's hidden_layers, one more than hidden matrices. That is exact for an MLP; of other
+    networks only counts whether there is any.
     """
-    lacking = [name for name in train.SETTINGS if any(name not in row for row in rows)]
-    if lacking:
-        raise InputError(f"the rows lack {lacking[0]}: another version wrote them; analyze them with that "
-                         "one, or use another --out")
+    for name in train.SETTINGS:
+        if any(name not in row for row in rows):
+            raise InputError(f"the rows lack {name}: another version wrote them; analyze them with that "
+                             "one, or use another --out")
     shared = {name: rows[0][name] for name in (*SHOWN, "trainable")}
     for name, value in shared.items():
         if any(row[name] != value for row in rows):
@@ -305,7 +305,7 @@ def shared_settings(rows):
 
 
 def asked_or_all(rows, curves=None, widths=None, seeds=None):
-    """curves (values of CURVE), widths and seeds (how many): those asked for, else all that the rows have."""
+    """curves (tuples of CURVE), widths and seeds (how many): those asked for, else all there are."""
     if curves is None:
         curves = dict.fromkeys(map(curve_of, rows))
     if widths is None:
@@ -316,9 +316,11 @@ def asked_or_all(rows, curves=None, widths=None, seeds=None):
 
 
 def summarize(rows, criterion="chance", curves=None, widths=None, seeds=None):
-    """The rows of summary.json, one per curve, from result rows alone; the rest as in asked_or_all."""
+    """The rows of summary.json, one per curve, from result rows; the rest as in asked_or_all."""
     curves, widths, seeds = asked_or_all(rows, curves, widths, seeds)
-    criterion, shared, summary = criterion_of(criterion), shared_settings(rows), []
+    criterion = criterion_of(criterion)
+    shared = shared_settings(rows)
+    summary = []
     for curve in curves:
         cells = [cell_of(rows, curve, width, seeds) for width in widths]
         found = [(cell, width) for cell, width in zip(cells, widths) if len(cell["lr"])]
@@ -329,8 +331,8 @@ def summarize(rows, criterion="chance", curves=None, widths=None, seeds=None):
 
 
 def local_slopes(widths, points):
-    """Of the edge's log LR between widths: slopes (W - 1,) of the seed means of the brackets' middles, and
-    their standard deviations if each middle may lie anywhere in its bracket."""
+    """Slopes (W - 1,) of the edge's log LR between widths, from mean brackets, and their standard deviations
+    if an edge may lie anywhere in its bracket."""
     edge = [(point["stable"] + point["unstable"]).mean() / 2 for point in points]
     gap = np.array([(point["unstable"] - point["stable"]).mean() for point in points])
     ratio = np.diff(np.log(widths))
@@ -339,8 +341,7 @@ def local_slopes(widths, points):
 
 
 def summarize_curve(curve, cells, widths, failed, criterion, shared):
-    """The summary of one curve from its cells, one per width; failed: widths at which a run did not fit into
-    memory."""
+    """A row of summary.json, from one cell per width; failed: widths that ran out of memory."""
     told = dict(zip(CURVE, curve))
     points = [points_of(cell, criterion) for cell in cells]
     fits = exponents_of(points, widths)
@@ -383,7 +384,7 @@ def summarize_curve(curve, cells, widths, failed, criterion, shared):
 
 
 def assumptions(shared):
-    """What the prediction of a network of the user's takes for granted, where that is in doubt."""
+    """What the prediction takes for granted of a user's network, where that is in doubt."""
     said = []
     if train.is_own(shared) and shared["uneven"]:
         said.append("the prediction takes all dimensions that grow for proportional to the width; here some "
@@ -394,7 +395,7 @@ def assumptions(shared):
 
 
 def flags_of(points, fits, cells, widths, failed, criterion):
-    """What a reader of the exponents must know, and what to do."""
+    """What a reader of the exponents must know."""
     flags = []
     if len(widths) == 1:
         flags.append("one width: no exponent")
@@ -411,9 +412,11 @@ def flags_of(points, fits, cells, widths, failed, criterion):
 
 
 def flags_of_cell(point, cell, criterion):
-    """Why a cell has no optimum or edge, and what to do."""
-    lrs, losses, (name, x) = cell["lr"], cell["losses"], criterion
-    seeds, mean, finished = len(losses), losses.mean(0), losses < DIVERGED
+    """Why a cell's optimum or edge is missing or uncertain, and what to do."""
+    name, x = criterion
+    lrs, losses = cell["lr"], cell["losses"]
+    seeds, mean = len(losses), losses.mean(0)
+    finished = losses < DIVERGED
     if not finished.any():
         return ["every run diverged; use lower --lrs"]
     if not finished.all(0).any():
@@ -440,14 +443,15 @@ def flags_of_cell(point, cell, criterion):
     return flags
 
 
-# ---- from tracked runs to the exponents of updates, alignment and the distance to the widest network ----
+# ---- tracked runs ----
 
-def summarize_tracks(rows, tracks, curves=None, widths=None, seeds=None):
-    """{"updates": exponents of every update at the first and the last step, "alignment": its course over
-    the steps, "limit": distances to the widest network, "course": logits, hidden updates and loss over the
-    steps}, each a list with one entry or more per curve and LR."""
-    curves, widths, seeds = asked_or_all(rows, curves, widths, seeds)
-    shared, steps = shared_settings(rows), sorted({step for _, step, _ in tracks})
+def summarize_tracks(rows, tracks, **asked):
+    """{"updates": their exponents, "alignment": over the steps, "limit": distances to the widest network,
+    "course": logits, hidden updates and loss over the steps}, lists with entries for every curve and LR;
+    asked: as in asked_or_all."""
+    curves, widths, seeds = asked_or_all(rows, **asked)
+    shared = shared_settings(rows)
+    steps = sorted({step for _, step, _ in tracks})
     modules = {}                # of each run, in the network's order
     for row in sorted(tracks.values(), key=lambda row: row["layer"]):
         modules.setdefault(row["id"], {})[row["module"]] = row["role"]
@@ -479,11 +483,6 @@ def summarize_tracks(rows, tracks, curves=None, widths=None, seeds=None):
     return finite(summary)
 
 
-def floats(values):
-    """A float array in which None is nan."""
-    return np.array(values, dtype=float)
-
-
 def rms_distance(outputs, others):
     return float(np.sqrt(np.mean((floats(outputs) - floats(others)) ** 2)))
 
@@ -492,16 +491,14 @@ def alignment_course(values, roles, steps):
     """Seed means [W][T] of both alignments of every module."""
     for layer, name in enumerate(filter(None, roles)):
         for kind in ("operator_update", "operator_propagating"):
-            means = [floats(values(step, name, kind)).mean(0) for step in steps]                # [T] (W,)
+            means = floats([values(step, name, kind) for step in steps]).mean(1).T      # (W, T)
             if np.isnan(means).all() and layer == 0 and kind == "operator_update":
                 return              # tracked without alignment
-            yield {"layer": layer, "module": name, "kind": kind, "steps": steps,
-                   "values": np.transpose(means).tolist()}
+            yield {"layer": layer, "module": name, "kind": kind, "steps": steps, "values": means.tolist()}
 
 
 def course(values, roles, steps):
-    """Geometric means over seeds [W][T] of the logits' change, the hidden layers' effective updates and the
-    loss."""
+    """Geometric means over seeds, and over hidden layers, [W][T]."""
     hidden = [name for name, role in roles.items() if role == "hidden"]
 
     def means(modules, quantity):
@@ -545,9 +542,8 @@ def predicted_updates(curve, shared, step, roles):
 
 
 def update_exponents(values, curve, widths, shared, roles):
-    """Measured exponents, with intervals, beside those of param.predict: effective and propagating updates
-    of every module, the change of every feature (an MLP module's input) and of the logits, at the first and
-    the last step."""
+    """Measured exponents, with intervals, beside predicted ones, at the first and the last step: effective
+    and propagating updates of every module, the change of an MLP's features and of the logits."""
     names = [*filter(None, roles), ""]
     quantities = {"features": "input_change", "logits": "change"}
     for step in sorted({1, shared["steps"]}):
@@ -556,15 +552,24 @@ def update_exponents(values, curve, widths, shared, roles):
             module = names[layer + (kind == "features")]        # a feature is the next module's input
             norms = floats(values(step, module, quantities.get(kind, kind)))            # (S, W)
             slope, interval, _ = exponent_of(widths, norms, np.zeros(len(widths)), equal_noise=False)
-            yield {"module": names[layer], "step": step, "kind": kind, "layer": layer,
-                   "values": norms.tolist(), "exponent": slope, "interval": interval, "predicted": exponent,
-                   "lower_bound": predicted.lower_bound, "regime": predicted.regime}
+            yield {
+                "module": names[layer],
+                "step": step,
+                "kind": kind,
+                "layer": layer,
+                "values": norms.tolist(),
+                "exponent": slope,
+                "interval": interval,
+                "predicted": exponent,
+                "lower_bound": predicted.lower_bound,
+                "regime": predicted.regime,
+            }
 
 
 # ---- tables ----
 
-def namer(entries, always=()):
-    """(head, name(entry)): columns of the settings that differ among entries, and of those named always."""
+def namer(entries, always):
+    """(head, name(entry)): columns of the settings that differ among entries, or are shown always."""
     head = {name: name for name in (*CURVE, "lr")
             if name in always or len({entry.get(name) for entry in entries}) > 1}
     sizes = {name: 2 + max(len(str(entry[name])) for entry in (head, *entries)) for name in head}
@@ -595,14 +600,19 @@ def table(summary):
         cliffs = f"  (the last stable LR at {cliffs} of {count} widths)" if cliffs else ""
         lines.append(f"{name_of(row)}{predicted:>10}   {measured(row, 'max_stable'):22}"
                      f"{measured(row, 'optimal')}{cliffs}")
-    columns = {"optimal LR": "optimal_lr", "loss there": "best_train_loss",
-               "stable up to": "max_stable_lr", "unstable from": "min_unstable_lr"}
+    columns = {
+        "optimal LR": "optimal_lr",
+        "loss there": "best_train_loss",
+        "stable up to": "max_stable_lr",
+        "unstable from": "min_unstable_lr",
+    }
     lines += ["", "  ".join([f"{head}{'width':>6}", *columns, "slope from the width before"])]
     for row in summary:
         for i, width in enumerate(row["widths"]):
             cells = [number(row[key][i], ".3g").rjust(len(title)) for title, key in columns.items()]
-            if i and row["local_max_stable"][i - 1] is not None:
-                cells.append(f"{row['local_max_stable'][i - 1]:+.2f} ± {row['local_resolution'][i - 1]:.2f}")
+            slope = row["local_max_stable"][i - 1] if i else None
+            if slope is not None:
+                cells.append(f"{slope:+.2f} ± {row['local_resolution'][i - 1]:.2f}")
             lines.append("  ".join([f"{name_of(row)}{width:6}", *cells]))
     chances = {row["loss"]: row["chance_loss"] for row in summary}
     unigram = " (the tokens' unigram entropy)" if "ce" in chances and train.is_text(summary[0]) else ""
@@ -613,40 +623,42 @@ def table(summary):
 
 
 def update_table(updates):
-    """Predicted beside measured exponents of the effective updates, from input to readout, and of the
-    logits' change."""
+    """Exponents of effective updates, from input to readout, and of the logits' change."""
     def mean(entries, key, bound=""):
         values = [entry[key] for entry in entries if entry[key] is not None]
         return f"{bound}{sum(values) / len(values):+.2f}" if values else "-"
 
     def cell(entries):
-        bound = "≥" * entries[0]["lower_bound"]
+        if not entries:
+            return ""
+        bound = "≥" if entries[0]["lower_bound"] else ""
         return f"{mean(entries, 'exponent')} ({mean(entries, 'predicted', bound)})"
 
     head, name_of = namer(updates, CURVE[:4])
     groups, kinds = {}, {}
     for entry in updates:
         if entry["kind"] in ("effective", "logits"):
-            kind = entry["module"].rpartition(".")[2] or "logits"
-            kinds[kind] = max(len(kind), 13)
+            kind = (entry["module"].rpartition(".")[2] or "logits").rjust(13)
             group = groups.setdefault(f"{name_of(entry)}{entry['step']:<6}", {})
             group.setdefault(kind, []).append(entry)
+            kinds[kind] = len(kind)
     lines = ["Exponents of effective updates ΔW x and of the logits' change against width: measured "
              "(predicted), means over tensors of a kind", "",
-             f"{head}{'step':6}" + "  ".join(kind.rjust(size) for kind, size in kinds.items())]
+             f"{head}{'step':6}{'  '.join(kinds)}"]
     for name, of_kind in groups.items():
         if all(entry["exponent"] is None for entries in of_kind.values() for entry in entries):
             continue            # an LR that other widths did not run
-        cells = [(cell(of_kind[kind]) if kind in of_kind else "").rjust(size) for kind, size in kinds.items()]
-        lines.append(f"{name}{'  '.join(cells)}".rstrip())
+        cells = [cell(of_kind.get(kind)).rjust(size) for kind, size in kinds.items()]
+        lines.append((name + "  ".join(cells)).rstrip())
     return "\n".join(lines)
 
 
 # ---- summary.json ----
 
 def report(out, rows, tracks, stable_if, command, curves=None, widths=None, seeds=None):
-    """Prints predicted beside measured exponents of rows (and tracks), and writes <out>/summary.json."""
+    """Prints the tables of rows, and of tracks if any, and writes <out>/summary.json."""
     shared = shared_settings(rows)
+    asked = {"curves": curves, "widths": widths, "seeds": seeds}
     summary = {
         "command": command,
         "stable_if": stable_if,
@@ -654,17 +666,17 @@ def report(out, rows, tracks, stable_if, command, curves=None, widths=None, seed
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         **{name: shared[name] for name in SHOWN},
         "rows": [],
-        "asked": {"curves": curves, "widths": widths, "seeds": seeds},
+        "asked": asked,
     }
     if len({row["lr"] for row in rows}) > 1:        # one LR alone has no optimum and no edge
-        summary["rows"] = summarize(rows, stable_if, curves, widths, seeds)
+        summary["rows"] = summarize(rows, stable_if, **asked)
         print(table(summary["rows"]) if summary["rows"] else "No results.")
     for curve in asked_or_all(rows, curves)[0]:
         if all(row["failed"] for row in rows if curve_of(row) == curve):
             print(f"! {' '.join(map(str, curve[:3]))}: every run was out of memory; "
                   "use smaller widths or batches")
     if tracks:
-        summary.update(summarize_tracks(rows, tracks, curves, widths, seeds))
+        summary.update(summarize_tracks(rows, tracks, **asked))
         print(update_table(summary["updates"]))
     write_json(Path(out) / "summary.json", summary)
 
@@ -672,7 +684,7 @@ def report(out, rows, tracks, stable_if, command, curves=None, widths=None, seed
 def main():
     parser = train.Parser(description="The table and summary.json of a sweep again, from its rows alone.")
     parser.add_argument("out", type=Path, metavar="OUT", help="result folder of a sweep")
-    parser.add_argument("--stable-if", metavar="NAME[=X]", help=criteria_help() + " (default: as before)")
+    parser.add_argument("--stable-if", metavar="NAME[=X]", help=f"{criteria_help()} (default: as before)")
     args = parser.parse_args()
     rows = list(read_rows(args.out, mend=False).values())
     if not rows:
