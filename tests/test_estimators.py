@@ -260,7 +260,7 @@ def test_an_edge_is_contiguous_from_the_seeds_own_lowest_loss_up():
 
 
 def test_a_width_counts_where_every_seed_has_an_edge():
-    values = np.log([[1.0, 0.5, np.nan, 0.125], [1.0, 0.5, 0.25, 0.125]])
+    values = np.array([[1.0, 0.5, np.nan, 0.125], [1.0, 0.5, 0.25, 0.125]])
     slope, interval, used = analyze.exponent_of([64, 128, 256, 512], values, np.full(4, STEP))
     assert slope == pytest.approx(-1) and used == 3 and interval[0] < -1 < interval[1]
     slope, interval, used = analyze.exponent_of([64, 128], values[:, 2:], np.full(2, STEP))
