@@ -613,11 +613,11 @@ CHECKS = {      # flags of the sweep
     "seeds": train.COUNT,
     "track": train.WHOLE,
     "memory": train.NONNEGATIVE,
-    "lr_step": Kind(float, lambda v: 1.01 <= v <= 1000, "a number from 1.01 to 1000"),
-    "lr_range": Kind(list, lambda v: not v or 1e-30 < v[0] < v[1] < 1e30,
-                     "two numbers, the lower one first, within 1e-30 and 1e30"),
-    "stack": Kind(str, lambda v: v == "auto" or v.isdecimal() and int(v),
-                  "auto or a whole number, at least 1"),
+    "lr_step": Kind(float, "a number from 1.01 to 1000", lambda v: 1.01 <= v <= 1000),
+    "lr_range": Kind(list, "two numbers, the lower one first, within 1e-30 and 1e30",
+                     lambda v: not v or 1e-30 < v[0] < v[1] < 1e30),
+    "stack": Kind(str, "auto or a whole number, at least 1",
+                  lambda v: v == "auto" or v.isdecimal() and int(v)),
 }
 
 
