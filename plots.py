@@ -1,6 +1,6 @@
-"""Figures from result files alone: python plots.py out/NAME [FIGURE ...] draws what its summary.json shows.
+"""Figures from result files alone: python plots.py out/NAME [FIGURE ...] draws what summary.json shows.
 
-Each figure is a function of the summary, and raises Absent where that holds nothing of it; `--help` lists them.
+Each function takes the summary and returns a matplotlib figure, or raises Absent; `--help` lists them.
 Figures and propositions are those of arXiv 2505.22491. Needs numpy and matplotlib only.
 
     n width   α exponent in LR ∝ n^-α   S seeds   W widths   K LRs   T steps
@@ -89,12 +89,12 @@ def differing(rows):
 
 
 def name_of(row, rows):
-    """What tells a curve from the others: the settings that differ, or its loss."""
+    """The settings that tell a curve from the others, or its loss."""
     return words(row, differing(rows) or ["loss"])
 
 
 def setting(summary, rows=()):
-    """What all runs of a sweep share, and the settings on which `rows` agree."""
+    """What all runs share, and the settings on which `rows` agree."""
     model, hidden = summary["model"], counted(summary["hidden_layers"], "hidden layer")
     size = {"mlp": hidden, "gpt": f"GPT, {summary['layers']} layers"}.get(model, model)
     said = [summary["data"].replace("_", "-"), size, counted(summary["steps"], "step")]
@@ -133,15 +133,18 @@ def where(rows, **wanted):
 
 
 def curves(summary):
-    """The rows of an LR sweep that have an optimum at all, with the edge's exponent as theirs."""
+    """The rows of an LR sweep with an optimum at all; their exponent is the edge's."""
     rows = [row for row in summary.get("rows", ()) if np.isfinite(floats(row["optimal_lr"])).any()]
-    return some([{**row, "exponent": row["max_stable_exponent"], "interval": row["max_stable_interval"],
+    return some([{**row, "exponent": row["max_stable_exponent"],
+                  "interval": row["max_stable_interval"],
                   "predicted": row["predicted_max_stable_exponent"]} for row in rows])
 
 
 def tracked(summary, name, mlp=True, **wanted):
     """The rows of a tracked quantity, such as step=1, with a width where no seed diverged."""
-    found = where(summary.get(name, ()), **wanted) if (summary.get("model") == "mlp") == mlp else ()
+    if (summary.get("model") == "mlp") != mlp:
+        return some(())
+    found = where(summary.get(name, ()), **wanted)
     return some([row for row in found if np.isfinite(geometric_mean(row["values"])).any()])
 
 
@@ -172,7 +175,7 @@ def fit_line(widths, values, exponent):
 
 
 def slope(widths, values):
-    """Exponent of value ~ width^exponent by least squares; None with fewer than two widths."""
+    """Least-squares exponent of value ~ width^exponent; None below two widths."""
     ok = np.isfinite(values)
     return np.polyfit(np.log(widths)[ok], np.log(values[ok]), 1)[0] if ok.sum() > 1 else None
 
@@ -205,7 +208,7 @@ def layer_panels(summary, rows, kinds, height):
 
 
 def finish(fig, title, legend=None):
-    """The title, in lines that fit, and height for long legends; `legend`: the title of one of all labels."""
+    """The title in lines that fit, height for long legends, one legend of all if it has a title."""
     lines = [len(ax.get_legend().texts) for ax in fig.axes if ax.get_legend()]
     height = 0.2 * max(lines, default=0) + 2.4          # inches a panel
     fig.set_figheight(max(fig.get_figheight(), height * fig.axes[0].get_gridspec().nrows))
@@ -219,7 +222,7 @@ def finish(fig, title, legend=None):
 
 
 def even_lines(text, most):
-    """The text in as few lines of at most so many characters as it needs, about equally long."""
+    """The text in as few lines of at most so many characters as can be, about equally long."""
     each = (textwrap.wrap(text, size, break_on_hyphens=False) for size in range(1, most + 1))
     return "\n".join(min(each, key=len))
 
@@ -229,10 +232,11 @@ def loss_colour(loss):
     return COLOURS[[*NAMES, loss].index(loss) % 7]
 
 
-def shades(rows):
-    """{width: colour}, dark is wide."""
+def width_looks(rows):
+    """{width: its colour and label}, dark is wide."""
     widths = sorted({width for row in rows for width in row["widths"]})
-    return dict(zip(widths, plt.cm.viridis_r(np.linspace(0.12, 1.0, len(widths)))))
+    colours = plt.cm.viridis_r(np.linspace(0.12, 1.0, len(widths)))
+    return {width: {"color": color, "label": f"{width}"} for width, color in zip(widths, colours)}
 
 
 def width_axis(ax, widths, legend=None, yscale="log", **kwargs):
@@ -278,12 +282,13 @@ def trend(ax, widths, values, exponent, label, color, linestyle="-", marker="o",
 
 
 def seeds_trend(ax, widths, values, label, **style):
-    """A dot per seed (S, W), the fit through their geometric means, its exponent in the label."""
+    """A dot per seed (S, W), a fit through the geometric means, its exponent in the label."""
     mean, dots = geometric_mean(values), floats(values).T
     if (dots > 0).any():
         exponent = slope(widths, mean)
         ax.plot(widths, np.where(dots > 0, dots, np.nan), "o", color=style["color"], ms=3, alpha=0.5)
-        trend(ax, widths, mean, exponent, label + f": {power(exponent)}" * (exponent is not None), **style)
+        label += "" if exponent is None else f": {power(exponent)}"
+        trend(ax, widths, mean, exponent, label, **style)
 
 
 def exponent_points(ax, x, rows, ticks=0.0, **kwargs):
@@ -295,10 +300,10 @@ def exponent_points(ax, x, rows, ticks=0.0, **kwargs):
         ax.hlines(predicted, x - ticks / 2, x + ticks / 2, color=kwargs["color"], lw=2.4, alpha=0.45)
 
 
-def loss_line(ax, lr, losses, edge, label, color):
+def loss_line(ax, lr, losses, edge, color, label):
     """Seed mean of losses (S, K) against LR, a band over the seeds, the edge dotted.
 
-    The line stops where a seed diverged, and at gaps that a search left: it would tell nothing there.
+    The line stops where a seed diverged and at gaps that a search left.
     """
     ok = np.flatnonzero(np.isfinite(losses).all(0))
     gaps = np.diff(np.log(lr)[ok])
@@ -312,28 +317,28 @@ def loss_line(ax, lr, losses, edge, label, color):
 
 
 def lr_transfer(summary):
-    """loss against LR, for up to four curves also rescaled by the prediction; a line per width (Fig. 5)"""
+    """loss against LR, a line per width; up to four curves also rescaled by the prediction (Fig. 5)"""
     rows = curves(summary)
-    few, colours = len(rows) <= 4, shades(rows)
+    few, looks = len(rows) <= 4, width_looks(rows)
     count, columns = len(rows) * (1 + few), len(rows) if few else 3
     fig, axes = panels(count, 3.3, 2.8, columns, "final train loss")
     for ax, row in zip(axes.flat, rows):
         ax.set_title(name_of(row, rows))
-        loss_panel(ax, row, 0.0, colours)
+        loss_panel(ax, row, 0.0, looks)
     if few:
         for ax, row in zip(axes[1], rows):
-            loss_panel(ax, row, row["predicted"] or 0.0, colours)
+            loss_panel(ax, row, row["predicted"] or 0.0, looks)
     title = f"{setting(summary)}. Dotted: stability edge. Dashed: constant predictor"
     return finish(fig, title, legend="width")
 
 
-def loss_panel(ax, row, exponent, colours):
+def loss_panel(ax, row, exponent, looks):
     """Losses of one curve against LR × (n / n0)^-exponent."""
     low, chance = np.inf, row["chance_loss"]
     for width, curve, edge in zip(row["widths"], row["curves"], edge_of(row)):
         factor = (width / row["base_width"]) ** -exponent
-        lr, losses = floats(curve["lr"]) * factor, floats(curve["train_loss"])
-        loss_line(ax, lr, losses, edge * factor, f"{width}", colours[width])
+        losses = floats(curve["train_loss"])
+        loss_line(ax, floats(curve["lr"]) * factor, losses, edge * factor, **looks[width])
         low = np.nanmin(losses, initial=low)
     ax.set(xscale="log", xlabel="learning rate" + scaled(row, -exponent))
     log_ticks(ax.xaxis)
@@ -342,7 +347,7 @@ def loss_panel(ax, row, exponent, colours):
 
 
 def exponents(summary):
-    """optimal and largest stable LR against width, with fits and the predicted slope (Fig. 5, right)"""
+    """optimal and largest stable LR against width, fits and the predicted slope (Fig. 5, right)"""
     rows = curves(summary)
     fig, axes = panels(len(rows), 3.4, 3.6, ylabel="learning rate", sharey="row")
     for ax, row, color in zip(axes.flat, rows, cycle(COLOURS)):
@@ -384,7 +389,8 @@ def optimal_lr(summary):
 def regular(row):
     """Whether there are three widths or more with eight LRs or more in equal steps: a grid."""
     steps = [np.diff(np.log(curve["lr"])) for curve in row["curves"]]
-    return len(steps) > 2 and all(len(step) > 6 and np.ptp(step) < 0.01 * step.mean() for step in steps)
+    equal = (len(step) > 6 and np.ptp(step) < 0.01 * step.mean() for step in steps)
+    return len(steps) > 2 and all(equal)
 
 
 def relative_loss(row, curve):
@@ -393,7 +399,7 @@ def relative_loss(row, curve):
 
 
 def phase(summary):
-    """what a grid of LRs does at every width: trains, stays at chance or diverges; the edge as a staircase"""
+    """a grid of LRs at every width: trains, stays at chance or diverges; the edge as a staircase"""
     rows = some([row for row in curves(summary) if regular(row)])
     fig, axes = panels(len(rows), 3.5, 4.1, ylabel="learning rate", sharey=True)
     low = min(relative_loss(row, curve).min() for row in rows for curve in row["curves"])
@@ -404,8 +410,8 @@ def phase(summary):
         width_axis(ax, row["widths"], title=f"{name_of(row, rows)}\n{slopes}")
     colours = plt.cm.ScalarMappable(norm, TRAINED)
     fig.colorbar(colours, ax=axes, label="loss / constant predictor's", shrink=0.6)
-    labelled = axes[0, 0].get_legend_handles_labels()
-    fig.legend(*labelled, loc="outside lower center", ncols=min(len(rows) + 1, 3))
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
+               ncols=min(len(rows) + 1, 3))
     return finish(fig, setting(summary))
 
 
@@ -437,16 +443,16 @@ def phase_map(ax, row, norm):
 
 
 def bounded(summary):
-    """edge exponents of four losses or more beside their predictions; the loss at the widest net"""
+    """edge exponents of four losses or more beside predictions; the loss at the widest net"""
     rows = some(widest_group(curves(summary), "loss"), least=4)
     rows = sorted(rows, key=lambda row: -(row["predicted"] or 0.0))
     fig, ((left, right),) = panels(2, 4.6, 3.4)
     for place, row in enumerate(rows):
-        name, color, curve = named(row["loss"]), loss_colour(row["loss"]), row["curves"][-1]
+        color, curve = loss_colour(row["loss"]), row["curves"][-1]
         exponent_points(left, floats([place]), [row], ticks=0.7, color=color, capsize=3)
         left.axhline(*floats([row["predicted"]]), **DASHED)
         values = relative_loss(row, curve)[None]            # (1, K)
-        loss_line(right, floats(curve["lr"]), values, edge_of(row)[-1], name, color)
+        loss_line(right, floats(curve["lr"]), values, edge_of(row)[-1], color, named(row["loss"]))
     left.set_xticks(range(len(rows)), [named(row["loss"]).replace(" ", "\n") for row in rows])
     left.set(ylabel="exponent of the largest stable LR", title="ticks: predicted, bars: 95 % intervals")
     left.grid(axis="x", visible=False)
@@ -467,8 +473,9 @@ def losses(summary):
     for ax, group in zip(axes.flat, each):
         for row in group:
             seeds = 100 * floats(row["best_val_accuracy"])          # (W, S)
-            mean, beside = seeds.mean(1), 1.05 ** (names.index(row["loss"]) - (len(names) - 1) / 2)
+            mean = seeds.mean(1)
             bars = mean - seeds.min(1), seeds.max(1) - mean
+            beside = 1.05 ** (names.index(row["loss"]) - (len(names) - 1) / 2)
             ax.errorbar(floats(row["widths"]) * beside, mean, bars, fmt="o-", capsize=2.5,
                         color=loss_colour(row["loss"]), label=named(row["loss"]))
         width_axis(ax, group[0]["widths"], yscale="linear", title=words(group[0], told))
@@ -480,12 +487,12 @@ def calibration(summary):
     rows = [row for row in curves(summary) if (row["model"], row["loss"]) == ("mlp", "ce")]
     some(unique(rows, "param"), least=2)
     fig, axes = panels(2, 5.2, 3.2)
-    ylabels = "expected calibration error", "RMS of the logits"
-    for ax, key, ylabel in zip(axes.flat, ("val_ece", "logit_rms"), ylabels):
+    measures = {"val_ece": "expected calibration error", "logit_rms": "RMS of the logits"}
+    for ax, (key, ylabel) in zip(axes.flat, measures.items()):
         for row, look in zip(rows, LOOKS()):
             values = floats(row["at_optimum"][key]).T           # (S, W)
             seeds_trend(ax, row["widths"], values, name_of(row, rows), **look)
-        width_axis(ax, shades(rows), BESIDE, ylabel=ylabel)
+        width_axis(ax, width_looks(rows), BESIDE, ylabel=ylabel)
     return finish(fig, f"{setting(summary, rows)} at the optimal LR; a dot per seed")
 
 
@@ -505,7 +512,7 @@ def regimes(summary):
     predicted = [row["predicted"] for row in shown if row["predicted"] is not None] or [0.0]
     axes[0, 0].set_ylim(min(predicted) - 0.25, min(max(predicted), 1.6) + 0.75)
     title = f"{setting(summary, shown)} × (n / {summary['base_width']})$^{{-α}}$"
-    bound = any(row.get("lower_bound") for row in shown)            # divergence feeds back from step to step
+    bound = any(row.get("lower_bound") for row in shown)        # divergence feeds back
     below = "\n(later steps, red:\nlower bounds)" if bound else ""
     return finish(fig, title, legend=f"lines: predicted{below}\npoints: measured")
 
@@ -538,17 +545,17 @@ def exponents_over_alpha(ax, rows, readout):
 
 
 def course(summary):
-    """logits' change, hidden update and loss over the first steps, a line per width: the mechanism"""
+    """logits' change, hidden update and loss over the first steps, a line per width"""
     rows = some([row for row in summary.get("course", ()) if len(row["steps"]) > 5])
     rows = widest_group(rows, "loss")
     lines = {kind: floats(line for row in rows for line in row[kind]) for kind in COURSE}
     kinds = some([kind for kind in COURSE if (lines[kind][:, 0] > 0).any()])
     fig, axes = panels(len(kinds) * len(rows), 2.9, 2.2, len(rows), sharex=True, sharey="row")
-    colours = shades(rows)
+    looks = width_looks(rows)
     for ax, (kind, row) in zip(axes.flat, product(kinds, rows)):
         values, (low, top) = floats(row[kind]), course_range(lines[kind])          # values (W, T)
         for width, line in zip(row["widths"], values):
-            course_line(ax, row["steps"], line, top, color=colours[width], label=f"{width}")
+            course_line(ax, row["steps"], line, top, **looks[width])
         first = slope(row["widths"], geometric_mean([values[:, 0]]))
         if first is not None and kind != "train_loss":
             ax.text(0.97, 0.95, f"step 1: {power(first)}", transform=ax.transAxes, ha="right", va="top")
@@ -579,7 +586,7 @@ def course_line(ax, steps, values, top, **kwargs):
 
 
 def updates(summary, step=1):
-    """effective and propagating updates of every layer against width, after the first step (Fig. 4)"""
+    """effective and propagating updates of every layer against width after a step (Fig. 4)"""
     rows = some([row for row in tracked(summary, "updates", step=step) if row["kind"] in UPDATES])
     rows = where(rows, loss=rows[0]["loss"], lr=rows[0]["lr"])
     rows = [row for row in rows if row["alpha"] in (0.0, 0.5, 1.0)] or rows
@@ -601,7 +608,7 @@ def later_updates(summary):
 
 
 def alignment(summary):
-    """operator-norm alignment of ΔW with x, and of W0 with Δx, over the steps; a line per width (Fig. 2)"""
+    """operator-norm alignment of ΔW with x and W0 with Δx over the steps, a line per width (Fig. 2)"""
     rows = summary.get("alignment", ()) if summary.get("model") == "mlp" else ()
     rows = [row for row in rows if len(row["steps"]) > 5 and (floats(row["values"]) > 0).any()]
     curve = groups(some(rows))[0]
@@ -609,8 +616,8 @@ def alignment(summary):
     for row in curve:
         ax = axes[row["kind"]][row["layer"]]
         ax.set(xscale="log", ylim=(0, 1.05), xlabel="step")
-        for (width, color), values in zip(shades(curve).items(), floats(row["values"])):
-            ax.plot(row["steps"], values, color=color, label=f"{width}")
+        for look, values in zip(width_looks(curve).values(), floats(row["values"])):
+            ax.plot(row["steps"], values, **look)
         log_ticks(ax.xaxis)
     return finish(fig, f"{setting(summary, curve)}. Operator-norm alignment", legend="width")
 
@@ -618,23 +625,24 @@ def alignment(summary):
 def limit(summary):
     """softmax outputs' distance to the widest network's, and the features' change (Prop. 2)"""
     rows = tracked(summary, "limit")
-    some(range(summary["steps"]), least=21)
-    rates, changes = unique(rows, "lr"), where(
-        summary["updates"], step=summary["steps"], kind="features", layer=summary["hidden_layers"] - 1)
-    fig, axes = panels(2 * len(rates), 5.2, 3.3, 2, "distance of softmax outputs\nto the widest network's")
+    rates, steps, layer = unique(rows, "lr"), summary["steps"], summary["hidden_layers"] - 1
+    some(range(steps), least=21)
+    changes = where(summary["updates"], step=steps, kind="features", layer=layer)
+    ylabel = "distance of softmax outputs\nto the widest network's"
+    fig, axes = panels(2 * len(rates), 5.2, 3.3, 2, ylabel)
     for curve, look in zip(groups(rows, "lr"), LOOKS()):
         for row in curve:
             left, right = axes[rates.index(row["lr"])]
             label, widths = name_of(row, where(rows, lr=row["lr"])), row["widths"]
             nearer = floats(row["values"])[:, :-1]          # the widest's is 0
-            change = where(changes, **{key: row[key] for key in CURVE})[0]["values"]
+            change = where(changes, **{key: row[key] for key in CURVE})[0]
             seeds_trend(left, widths[:-1], nearer, label, **look)
-            seeds_trend(right, widths, change, label, **look)
+            seeds_trend(right, widths, change["values"], label, **look)
     for (left, right), lr in zip(axes, rates):
         title = f"LR {lr:g}" if len(rates) > 1 else ""
+        ylabel = "change of the last\nhidden features (RMS)"
         width_axis(left, widths[:-1], BESIDE, title=title)
-        width_axis(right, widths, BESIDE, title=title,
-                   ylabel="change of the last\nhidden features (RMS)")
+        width_axis(right, widths, BESIDE, title=title, ylabel=ylabel)
     return finish(fig, f"{setting(summary, rows)}; a dot per seed")
 
 
@@ -672,9 +680,10 @@ def linear_net(summary):
         for i, row in enumerate(parts[part]):
             name = words(row, ("param", "alpha", "step", "warmup"))
             name += scaled(row, row.get("warmup_exponent"))
+            name += f": {fitted(row)}"
             values = edge_of(row) if part == "edges" else geometric_mean(row["values"])
-            predicted = None if part == "distance" and i else row["predicted"]        # the same for all
-            trend(ax, row["widths"], values, row["exponent"], f"{name}: {fitted(row)}", COLOURS[i % 7],
+            predicted = None if part == "distance" and i else row["predicted"]      # all share it
+            trend(ax, row["widths"], values, row["exponent"], name, COLOURS[i % 7],
                   marker="os^Dv"[i % 5], predicted=predicted)
         width_axis(ax, row["widths"], BELOW, title=title)
     return finish(fig, "Closed-form linear net f = x uᵀv, one sample, squared loss. "
@@ -687,10 +696,10 @@ FIGURES = {figure.__name__: figure for figure in (
 
 
 def draw(out, only=None):
-    """Paths of what a result folder can show, or of `only`, drawn into <out>/figures as PNG and PDF.
+    """Draws all that a result folder can show, or `only`, into <out>/figures; the paths, PNG and PDF.
 
-    PlotError without a sound summary.json, for an unknown figure and, with the others drawn, for one that
-    cannot be; the traceback of an unexpected error is on standard error.
+    PlotError without a sound summary.json, for an unknown figure and, with the others drawn, for one
+    that cannot be; an unexpected error's traceback is on standard error.
     """
     path, folder = Path(out) / "summary.json", Path(out) / "figures"
     for name in only or ():
@@ -716,7 +725,8 @@ def draw(out, only=None):
                     fig.set_layout_engine("none")       # one layout serves both
                     written.append(file)
         except Absent as error:
-            failed += [f"{name!r} cannot be drawn: {error}"] if only else []
+            if only:
+                failed.append(f"{name!r} cannot be drawn: {error}")
         except OSError:
             raise
         except Exception as error:
