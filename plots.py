@@ -142,9 +142,8 @@ def curves(summary):
 
 def tracked(summary, name, mlp=True, **wanted):
     """The rows of a tracked quantity, such as step=1, with a width where no seed diverged."""
-    if (summary.get("model") == "mlp") != mlp:
-        return some(())
-    found = where(summary.get(name, ()), **wanted)
+    found = summary.get(name, ()) if (summary.get("model") == "mlp") == mlp else ()
+    found = where(found, **wanted)
     return some([row for row in found if np.isfinite(geometric_mean(row["values"])).any()])
 
 
@@ -222,7 +221,7 @@ def finish(fig, title, legend=None):
 
 
 def even_lines(text, most):
-    """The text in as few lines of at most so many characters as can be, about equally long."""
+    """The text in as few lines of at most so many characters as it needs, about equally long."""
     each = (textwrap.wrap(text, size, break_on_hyphens=False) for size in range(1, most + 1))
     return "\n".join(min(each, key=len))
 
@@ -417,7 +416,7 @@ def phase(summary):
 
 def phase_map(ax, row, norm):
     """Cells that train in colour, at chance hatched, diverged crossed."""
-    widths, edge, predicted = floats(row["widths"]), edge_of(row), row["predicted"]
+    widths, edge = floats(row["widths"]), edge_of(row)
     steps = np.sqrt(widths[1:] / widths[:-1])
     bounds = [widths[0] / steps[0], *widths[:-1] * steps, widths[-1] * steps[-1]]
     chance = dict(fc="0.94", ec="0.6", hatch="////", lw=0)
@@ -435,8 +434,8 @@ def phase_map(ax, row, norm):
     best = floats(row["optimal_lr"])
     ax.plot(widths, best, "o", color="black", mfc="white", zorder=5, label="optimum")
     ax.stairs(edge, bounds, baseline=None, color="black", lw=2.2, zorder=3, label="stability edge")
-    if predicted is not None and np.isfinite(edge).any():
-        line = fit_line(widths, edge, predicted)
+    if row["predicted"] is not None and np.isfinite(edge).any():
+        line = fit_line(widths, edge, row["predicted"])
         ax.plot(widths, line, "--", color=COLOURS[1], lw=2, zorder=4, label="predicted slope")
     ax.margins(0)
     ax.grid(False)
@@ -586,9 +585,9 @@ def course_line(ax, steps, values, top, **kwargs):
 
 
 def updates(summary, step=1):
-    """effective and propagating updates of every layer against width after a step (Fig. 4)"""
-    rows = some([row for row in tracked(summary, "updates", step=step) if row["kind"] in UPDATES])
-    rows = where(rows, loss=rows[0]["loss"], lr=rows[0]["lr"])
+    """effective and propagating updates of every layer against width, after the first step (Fig. 4)"""
+    rows = [row for row in tracked(summary, "updates", step=step) if row["kind"] in UPDATES]
+    rows = where(some(rows), loss=rows[0]["loss"], lr=rows[0]["lr"])
     rows = [row for row in rows if row["alpha"] in (0.0, 0.5, 1.0)] or rows
     fig, axes = layer_panels(summary, rows, UPDATES, 3.0)
     for curve, look in zip(groups(rows), LOOKS()):
