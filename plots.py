@@ -1,7 +1,7 @@
-"""Figures from result files alone: python plots.py out/NAME [FIGURE ...] draws what its summary.json shows.
+"""Figures from result files alone: python plots.py out/NAME [FIGURE ...] draws what summary.json shows.
 
-Each function takes the content of summary.json and returns a matplotlib figure, or raises Absent; `--help`
-tells what they show. Figures and propositions are those of arXiv 2505.22491. Needs numpy and matplotlib only.
+Each function takes the summary and returns a matplotlib figure, or raises Absent; `--help` lists them.
+Figures and propositions are those of arXiv 2505.22491. Needs numpy and matplotlib only.
 
     n width   α exponent in LR ∝ n^-α   S seeds   W widths   K LRs   T steps
     edge: between the largest stable and the smallest unstable LR
@@ -10,6 +10,7 @@ import json
 import sys
 import textwrap
 import traceback
+from itertools import cycle, product
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, Normalize
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator
 
 STYLE = {
     "figure.constrained_layout.use": True, "savefig.dpi": 160, "font.size": 10, "axes.titlesize": 10.5,
@@ -27,6 +28,7 @@ STYLE = {
 }
 # The colour-blind-safe set of Okabe and Ito.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LOOKS = plt.cycler(linestyle=("-", "--", ":", "-.")) * plt.cycler(color=COLOURS)
 DASHED = {"color": "0.35", "linestyle": "--", "linewidth": 1.1, "zorder": 1}
 TRAINED = LinearSegmentedColormap.from_list("trained", ("#0B4F8A", "#6FB1D6", "#E3F0F4"))
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}         # places of a legend
@@ -45,9 +47,9 @@ CURVE = ("loss", "param", "optimizer", "alpha", "norm_affine", "warmup", "lr")  
 WORDS = {           # how a setting is written, if not by its name
     "alpha": lambda value: f"α = {value:g}",
     "norm_affine": lambda value: "" if value else "no norm gains",
-    "warmup": lambda value: f"{value} warmup steps" if value else "no warmup",
+    "warmup": lambda count: f"{count} warmup steps" if count else "no warmup",
     "lr": lambda value: f"LR {value:g}",
-    "step": lambda value: f"{value} step{'s' * (value > 1)}",
+    "step": lambda count: counted(count, "step"),
 }
 
 
@@ -69,29 +71,41 @@ def named(value):
     return NAMES.get(value, value)
 
 
+def counted(count, noun):
+    return f"{count} {noun}{'s' * (count > 1)}"
+
+
 def words(row, keys):
     said = (WORDS.get(key, named)(row[key]) for key in keys if row.get(key) is not None)
     return ", ".join(filter(None, said))
 
 
+def unique(rows, key):
+    return list(dict.fromkeys(row.get(key) for row in rows))
+
+
 def differing(rows):
-    return [key for key in CURVE if len({row.get(key) for row in rows}) > 1]
+    return [key for key in CURVE if len(unique(rows, key)) > 1]
 
 
 def name_of(row, rows):
-    """What tells a curve from the others: the settings that differ, or its loss."""
+    """The settings that tell a curve from the others, or its loss."""
     return words(row, differing(rows) or ["loss"])
 
 
-def setting(summary, rows=None):
-    """What all runs of a sweep share, and the settings on which `rows` agree."""
-    hidden = summary["hidden_layers"]
-    depth = {"mlp": f"{hidden} hidden layer{'s' * (hidden > 1)}", "gpt": f"GPT, {summary['layers']} layers"}
-    said = [summary["data"].replace("_", "-"), depth.get(summary["model"], summary["model"])]
-    said.append(WORDS["step"](summary["steps"]))
+def setting(summary, rows=()):
+    """What all runs share, and the settings on which `rows` agree."""
+    model, hidden = summary["model"], counted(summary["hidden_layers"], "hidden layer")
+    size = {"mlp": hidden, "gpt": f"GPT, {summary['layers']} layers"}.get(model, model)
+    said = [summary["data"].replace("_", "-"), size, counted(summary["steps"], "step")]
     if rows:
         said.append(words(rows[0], [key for key in CURVE if key not in differing(rows)]))
     return ", ".join(said).replace(", no warmup", "")
+
+
+def scaled(row, exponent):
+    """' × (n / n0)^exponent', empty without one."""
+    return f" × (n / {row['base_width']})$^{{{exponent:g}}}$" if exponent else ""
 
 
 def signed(value):
@@ -114,44 +128,43 @@ def floats(values):
     return np.array(list(values), dtype=float)
 
 
-def unique(values):
-    return list(dict.fromkeys(values))
-
-
 def where(rows, **wanted):
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def curves(summary):
-    """The rows of an LR sweep that have an optimum at all."""
-    return some([row for row in summary.get("rows", ()) if np.isfinite(floats(row["optimal_lr"])).any()])
+    """The rows of an LR sweep with an optimum at all; their exponent is the edge's."""
+    rows = [row for row in summary.get("rows", ()) if np.isfinite(floats(row["optimal_lr"])).any()]
+    return some([{**row, "exponent": row["max_stable_exponent"],
+                  "interval": row["max_stable_interval"],
+                  "predicted": row["predicted_max_stable_exponent"]} for row in rows])
 
 
 def tracked(summary, name, mlp=True, **wanted):
     """The rows of a tracked quantity, such as step=1, with a width where no seed diverged."""
-    found = where(summary.get(name, ()), **wanted) if (summary.get("model") == "mlp") == mlp else ()
+    found = summary.get(name, ()) if (summary.get("model") == "mlp") == mlp else ()
+    found = where(found, **wanted)
     return some([row for row in found if np.isfinite(geometric_mean(row["values"])).any()])
 
 
 def groups(rows, *free):
-    """{setting: rows that agree on every setting but the free ones}."""
+    """Lists of the rows that agree on every setting but the free ones."""
     found = {}
     for row in rows:
         key = tuple(row.get(name) for name in CURVE if name not in free)
-        found[key] = [*found.get(key, ()), row]
-    return found
+        found.setdefault(key, []).append(row)
+    return list(found.values())
 
 
 def widest_group(rows, *free):
     """The group with most values of the first free setting."""
-    return max(groups(rows, *free).values(), key=lambda group: len({row[free[0]] for row in group}))
+    return max(groups(rows, *free), key=lambda group: len(unique(group, free[0])))
 
 
 def geometric_mean(values):
     """(S, W) -> (W,) over the seeds; nan where a seed has no positive value."""
     values = floats(values)
-    logs = np.log(np.where(values > 0, values, np.nan))
-    return np.exp(logs.mean(0))
+    return np.exp(np.log(np.where(values > 0, values, np.nan)).mean(0))
 
 
 def fit_line(widths, values, exponent):
@@ -161,7 +174,7 @@ def fit_line(widths, values, exponent):
 
 
 def slope(widths, values):
-    """Exponent of value ~ width^exponent by least squares; None with fewer than two widths."""
+    """Least-squares exponent of value ~ width^exponent; None below two widths."""
     ok = np.isfinite(values)
     return np.polyfit(np.log(widths)[ok], np.log(values[ok]), 1)[0] if ok.sum() > 1 else None
 
@@ -177,28 +190,26 @@ def panels(count, width, height, columns=3, ylabel="", **kwargs):
     rows = -(-count // columns)
     size = width * columns + 0.6, height * rows + 0.4
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **kwargs)
-    for i, ax in enumerate(axes.flat):
-        ax.set(visible=i < count, ylabel="" if i % columns else ylabel)
+    plt.setp(axes[:, 0], ylabel=ylabel)
+    plt.setp(axes.flat[count:], visible=False)
     return fig, axes
 
 
-def layer_panels(rows, kinds, layers, height):
-    """(fig, {(kind, layer): axes} of the rows): a row per kind, a column per layer."""
+def layer_panels(summary, rows, kinds, height):
+    """(fig, {kind: axes of the layers}); those without a row are hidden."""
+    layers = summary["hidden_layers"] + 1
     fig, axes = panels(2 * layers, 2.75, height, layers)
-    found = {}
-    for (i, j), ax in np.ndenumerate(axes):
-        kind, symbol = list(kinds.items())[i]
-        ax.set_visible(bool(where(rows, kind=kind, layer=j)))
-        ax.set_title(f"{'readout' if j == layers - 1 else f'layer {j + 1}'}: {symbol}")
-        if ax.get_visible():
-            found[kind, j] = ax
-    return fig, found
+    for line, (kind, symbol) in zip(axes, kinds.items()):
+        for layer, ax in enumerate(line):
+            name = "readout" if layer == layers - 1 else f"layer {layer + 1}"
+            ax.set(title=f"{name}: {symbol}", visible=bool(where(rows, kind=kind, layer=layer)))
+    return fig, dict(zip(kinds, axes))
 
 
 def finish(fig, title, legend=None):
-    """The title, in lines that fit, and height for long legends; with a legend's title, one of all labels."""
+    """The title in lines that fit, height for long legends, one legend of all if it has a title."""
     lines = [len(ax.get_legend().texts) for ax in fig.axes if ax.get_legend()]
-    height = 0.2 * max(lines, default=0) + 2.4          # inches
+    height = 0.2 * max(lines, default=0) + 2.4          # inches a panel
     fig.set_figheight(max(fig.get_figheight(), height * fig.axes[0].get_gridspec().nrows))
     fig.suptitle(even_lines(title, int(12.5 * fig.get_figwidth())))
     handles = {}
@@ -211,17 +222,8 @@ def finish(fig, title, legend=None):
 
 def even_lines(text, most):
     """The text in as few lines of at most so many characters as it needs, about equally long."""
-    def wrap(size):
-        return textwrap.wrap(text, size, break_on_hyphens=False)
-
-    fewest = len(wrap(most))
-    each = map(wrap, range(len(text) // fewest, most + 1))
-    return "\n".join(next(lines for lines in each if len(lines) == fewest))
-
-
-def look(i):
-    """Colour and line style of curve i, 28 in all."""
-    return {"color": COLOURS[i % 7], "linestyle": ("-", "--", ":", "-.")[i // 7 % 4]}
+    each = (textwrap.wrap(text, size, break_on_hyphens=False) for size in range(1, most + 1))
+    return "\n".join(min(each, key=len))
 
 
 def loss_colour(loss):
@@ -229,21 +231,22 @@ def loss_colour(loss):
     return COLOURS[[*NAMES, loss].index(loss) % 7]
 
 
-def shades(rows):
-    """{width: colour}, dark is wide."""
+def width_looks(rows):
+    """{width: its colour and label}, dark is wide."""
     widths = sorted({width for row in rows for width in row["widths"]})
-    return dict(zip(widths, plt.get_cmap("viridis_r")(np.linspace(0.12, 1.0, len(widths)))))
+    colours = plt.cm.viridis_r(np.linspace(0.12, 1.0, len(widths)))
+    return {width: {"color": color, "label": f"{width}"} for width, color in zip(widths, colours)}
 
 
-def width_axis(ax, widths, legend=None, yscale="log", **labels):
+def width_axis(ax, widths, legend=None, yscale="log", **kwargs):
     """Ticks at the widths, every other or as powers of two where they crowd; a legend if asked."""
     widths = sorted(set(map(int, widths)), reverse=True)
-    doubling = widths[0] > 5000 and all(width & (width - 1) == 0 for width in widths)
-    ax.set(**{"xscale": "log", "yscale": yscale, "xlabel": "width n", **labels})
+    doubling = widths[0] > 5000 and all(width.bit_count() == 1 for width in widths)
+    ax.set(**{"xscale": "log", "yscale": yscale, "xlabel": "width n", **kwargs})
     ax.xaxis.set_major_locator(FixedLocator(widths[::1 if len(widths) <= 7 else 2]))
-    ax.xaxis.set_major_formatter(FuncFormatter(
-        lambda value, _: f"$2^{{{np.log2(value):.0f}}}$" if doubling else f"{value:g}"))
-    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(
+        lambda value, _: f"$2^{{{np.log2(value):.0f}}}$" if doubling else f"{value:g}")
+    ax.set_xticks([], minor=True)
     if yscale == "log":
         low, high = ax.get_ylim()
         if high < 1.1 * low:            # constant to rounding
@@ -256,12 +259,14 @@ def width_axis(ax, widths, legend=None, yscale="log", **labels):
 def log_ticks(axis):
     """Plain labels where a log axis spans less than two decades, the closer the shorter it is."""
     low, high = axis.get_view_interval()
-    if high < 100 * low:
-        close = MaxNLocator(4, steps=(1, 2, 5, 10))
-        digits = (1, 2, 5) if high < 30 * low else (1, 3)
-        axis.set_major_locator(close if high < 4 * low else LogLocator(10, digits))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_formatter("")
+    if high >= 100 * low:
+        return
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    if high < 4 * low:
+        axis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
+    else:
+        axis.set_major_locator(LogLocator(10, (1, 2, 5) if high < 30 * low else (1, 3)))
 
 
 def trend(ax, widths, values, exponent, label, color, linestyle="-", marker="o", predicted=None):
@@ -276,27 +281,28 @@ def trend(ax, widths, values, exponent, label, color, linestyle="-", marker="o",
 
 
 def seeds_trend(ax, widths, values, label, **style):
-    """A dot per seed (S, W), the fit through their geometric means, its exponent in the label."""
+    """A dot per seed (S, W), a fit through the geometric means, its exponent in the label."""
     mean, dots = geometric_mean(values), floats(values).T
     if (dots > 0).any():
         exponent = slope(widths, mean)
         ax.plot(widths, np.where(dots > 0, dots, np.nan), "o", color=style["color"], ms=3, alpha=0.5)
-        trend(ax, widths, mean, exponent, label + f": {power(exponent)}" * (exponent is not None), **style)
+        label += "" if exponent is None else f": {power(exponent)}"
+        trend(ax, widths, mean, exponent, label, **style)
 
 
-def exponent_points(ax, x, rows, prefix="", ticks=0.0, **kwargs):
+def exponent_points(ax, x, rows, ticks=0.0, **kwargs):
     """Measured exponents at x (N,), 95 % intervals as bars, predictions as ticks of a length."""
-    y, low, high = floats([row[prefix + "exponent"], *row[prefix + "interval"]] for row in rows).T
+    numbers = ([row["exponent"], *row["interval"], row["predicted"]] for row in rows)
+    y, low, high, predicted = floats(numbers).T
     ax.errorbar(x, y, (y - low, high - y), fmt="o", mfc="white", elinewidth=1, **kwargs)
     if ticks:
-        predicted = floats(row[f"predicted_{prefix}exponent" if prefix else "predicted"] for row in rows)
         ax.hlines(predicted, x - ticks / 2, x + ticks / 2, color=kwargs["color"], lw=2.4, alpha=0.45)
 
 
-def loss_line(ax, lr, losses, edge, label, color):
+def loss_line(ax, lr, losses, edge, color, label):
     """Seed mean of losses (S, K) against LR, a band over the seeds, the edge dotted.
 
-    The line stops where a seed diverged, and at gaps that a search left: it would tell nothing there.
+    The line stops where a seed diverged and at gaps that a search left.
     """
     ok = np.flatnonzero(np.isfinite(losses).all(0))
     gaps = np.diff(np.log(lr)[ok])
@@ -310,54 +316,55 @@ def loss_line(ax, lr, losses, edge, label, color):
 
 
 def lr_transfer(summary):
-    """loss against LR, for up to four curves also rescaled by the prediction; a line per width (Fig. 5)"""
+    """loss against LR, a line per width; up to four curves also rescaled by the prediction (Fig. 5)"""
     rows = curves(summary)
-    count, colours = len(rows), shades(rows)
-    few = count <= 4
-    fig, axes = panels(2 * count if few else count, 3.3, 2.8, count if few else 3, "final train loss")
-    for column, row in zip(axes.T if few else axes.reshape(-1, 1), rows):
-        column[0].set_title(name_of(row, rows))
-        for ax, exponent in zip(column, (0.0, row["predicted_max_stable_exponent"] or 0.0)):
-            loss_panel(ax, row, exponent, colours)
+    few, looks = len(rows) <= 4, width_looks(rows)
+    count, columns = len(rows) * (1 + few), len(rows) if few else 3
+    fig, axes = panels(count, 3.3, 2.8, columns, "final train loss")
+    for ax, row in zip(axes.flat, rows):
+        ax.set_title(name_of(row, rows))
+        loss_panel(ax, row, 0.0, looks)
+    if few:
+        for ax, row in zip(axes[1], rows):
+            loss_panel(ax, row, row["predicted"] or 0.0, looks)
     title = f"{setting(summary)}. Dotted: stability edge. Dashed: constant predictor"
     return finish(fig, title, legend="width")
 
 
-def loss_panel(ax, row, exponent, colours):
+def loss_panel(ax, row, exponent, looks):
     """Losses of one curve against LR × (n / n0)^-exponent."""
+    low, chance = np.inf, row["chance_loss"]
     for width, curve, edge in zip(row["widths"], row["curves"], edge_of(row)):
         factor = (width / row["base_width"]) ** -exponent
-        lr, losses = floats(curve["lr"]) * factor, floats(curve["train_loss"])
-        loss_line(ax, lr, losses, edge * factor, f"{width}", colours[width])
-    scaled = f" × (n / {row['base_width']})$^{{{-exponent:g}}}$" if exponent else ""
-    ax.set(xscale="log", xlabel="learning rate" + scaled)
+        losses = floats(curve["train_loss"])
+        loss_line(ax, floats(curve["lr"]) * factor, losses, edge * factor, **looks[width])
+        low = np.nanmin(losses, initial=low)
+    ax.set(xscale="log", xlabel="learning rate" + scaled(row, -exponent))
     log_ticks(ax.xaxis)
-    low = min(np.nanmin(floats(curve["train_loss"]), initial=np.inf) for curve in row["curves"])
-    ax.axhline(row["chance_loss"], **DASHED)
-    ax.set_ylim(low - 0.05 * row["chance_loss"], 1.25 * row["chance_loss"])
+    ax.axhline(chance, **DASHED)
+    ax.set_ylim(low - 0.05 * chance, 1.25 * chance)
 
 
 def exponents(summary):
-    """optimal and largest stable LR against width, with fits and the predicted slope (Fig. 5, right)"""
+    """optimal and largest stable LR against width, fits and the predicted slope (Fig. 5, right)"""
     rows = curves(summary)
     fig, axes = panels(len(rows), 3.4, 3.6, ylabel="learning rate", sharey="row")
-    for i, (ax, row) in enumerate(zip(axes.flat, rows)):
-        color, edge, widths = COLOURS[i % 7], edge_of(row), row["widths"]
-        predicted = row["predicted_max_stable_exponent"]
+    for ax, row, color in zip(axes.flat, rows, cycle(COLOURS)):
+        edge, widths, predicted = edge_of(row), row["widths"], row["predicted"]
         if np.isfinite(edge).any():
             bars = edge - floats(row["max_stable_lr"]), floats(row["min_unstable_lr"]) - edge
-            label = f"largest stable LR {fitted(row, 'max_stable_')}"
-            ax.errorbar(widths, edge, bars, color=color, fmt="none", capsize=3, elinewidth=1.6, label=label)
-            trend(ax, widths, edge, row["max_stable_exponent"], None, color, marker="", predicted=predicted)
+            ax.errorbar(widths, edge, bars, color=color, fmt="none", capsize=3, elinewidth=1.6,
+                        label=f"largest stable LR {fitted(row)}")
+            trend(ax, widths, edge, row["exponent"], None, color, marker="", predicted=predicted)
             ax.plot([], **DASHED, label=f"predicted slope {power(predicted)}")
         label = f"optimal LR {fitted(row, 'optimal_')}"
         trend(ax, widths, floats(row["optimal_lr"]), row["optimal_exponent"], label, color, ":")
         width_axis(ax, widths, BELOW, title=name_of(row, rows))
         ax.margins(x=0.08, y=0.12)
-        between = np.sqrt(floats(widths[1:]) * floats(widths[:-1]))
-        for middle, local in zip(between, row.get("local_max_stable", ())):
-            ax.text(middle, 0.02, "" if local is None else signed(local), ha="center", fontsize=8,
-                    color="0.35", transform=ax.get_xaxis_transform())
+        for low, high, local in zip(widths, widths[1:], row.get("local_max_stable", ())):
+            if local is not None:
+                ax.text(np.sqrt(low * high), 0.02, signed(local), ha="center", fontsize=8,
+                        color="0.35", transform=ax.get_xaxis_transform())
     return finish(fig, f"{setting(summary)}. Bars: largest stable to smallest unstable LR. "
                        "Legend: exponent [95 % interval]. At the bottom: the edge's slopes")
 
@@ -366,10 +373,10 @@ def optimal_lr(summary):
     """optimal LR against width with fits, beside n^-1/2 and n^-1 (Fig. 1)"""
     rows = curves(summary)
     fig, ((ax,),) = panels(1, 6.6, 3.6, ylabel="optimal learning rate")
-    for i, row in enumerate(rows):
+    for row, look in zip(rows, LOOKS()):
         label = f"{name_of(row, rows)} {fitted(row, 'optimal_')}"
-        trend(ax, row["widths"], floats(row["optimal_lr"]), row["optimal_exponent"], label, **look(i))
-    widths, best = (floats(value for row in rows for value in row[key]) for key in ("widths", "optimal_lr"))
+        trend(ax, row["widths"], floats(row["optimal_lr"]), row["optimal_exponent"], label, **look)
+    widths, best = np.hstack([floats([row["widths"], row["optimal_lr"]]) for row in rows])
     every = np.unique(widths)
     for exponent, style, extreme, off in ((-0.5, "--", np.nanmax, 1.7), (-1.0, "-.", np.nanmin, 0.6)):
         line = off * extreme(best * widths ** -exponent) * every ** exponent        # touches no point
@@ -381,7 +388,8 @@ def optimal_lr(summary):
 def regular(row):
     """Whether there are three widths or more with eight LRs or more in equal steps: a grid."""
     steps = [np.diff(np.log(curve["lr"])) for curve in row["curves"]]
-    return len(steps) > 2 and all(len(step) > 6 and np.ptp(step) < 0.01 * step.mean() for step in steps)
+    equal = (len(step) > 6 and np.ptp(step) < 0.01 * step.mean() for step in steps)
+    return len(steps) > 2 and all(equal)
 
 
 def relative_loss(row, curve):
@@ -390,27 +398,27 @@ def relative_loss(row, curve):
 
 
 def phase(summary):
-    """what a grid of LRs does at every width: trains, stays at chance or diverges; the edge as a staircase"""
+    """a grid of LRs at every width: trains, stays at chance or diverges; the edge as a staircase"""
     rows = some([row for row in curves(summary) if regular(row)])
     fig, axes = panels(len(rows), 3.5, 4.1, ylabel="learning rate", sharey=True)
-    norm = Normalize(min(relative_loss(row, curve).min() for row in rows for curve in row["curves"]), 1.0)
+    low = min(relative_loss(row, curve).min() for row in rows for curve in row["curves"])
+    norm = Normalize(low, 1.0)
     for ax, row in zip(axes.flat, rows):
         phase_map(ax, row, norm)
-        edge, predicted = (power(row[key + "max_stable_exponent"]) for key in ("", "predicted_"))
-        width_axis(ax, row["widths"], title=f"{name_of(row, rows)}\nedge {edge}, predicted {predicted}")
+        slopes = f"edge {power(row['exponent'])}, predicted {power(row['predicted'])}"
+        width_axis(ax, row["widths"], title=f"{name_of(row, rows)}\n{slopes}")
     colours = plt.cm.ScalarMappable(norm, TRAINED)
     fig.colorbar(colours, ax=axes, label="loss / constant predictor's", shrink=0.6)
-    labelled = axes[0, 0].get_legend_handles_labels()
-    fig.legend(*labelled, loc="outside lower center", ncols=min(len(rows) + 1, 3))
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
+               ncols=min(len(rows) + 1, 3))
     return finish(fig, setting(summary))
 
 
 def phase_map(ax, row, norm):
     """Cells that train in colour, at chance hatched, diverged crossed."""
-    widths, best, edge = floats(row["widths"]), floats(row["optimal_lr"]), edge_of(row)
-    predicted = row["predicted_max_stable_exponent"]
+    widths, edge = floats(row["widths"]), edge_of(row)
     steps = np.sqrt(widths[1:] / widths[:-1])
-    bounds = np.array([widths[0] / steps[0], *widths[:-1] * steps, widths[-1] * steps[-1]])
+    bounds = [widths[0] / steps[0], *widths[:-1] * steps, widths[-1] * steps[-1]]
     chance = dict(fc="0.94", ec="0.6", hatch="////", lw=0)
     gone = dict(color="0.6", marker="x", ls="none", mew=0.9)
     for width, curve, *sides in zip(widths, row["curves"], bounds, bounds[1:]):
@@ -423,26 +431,27 @@ def phase_map(ax, row, norm):
             ax.fill_between(sides, rate / half, rate * half, **cell)
     ax.fill_between([], [], **chance, label="at or above chance")
     ax.plot([], **gone, label="diverged")
+    best = floats(row["optimal_lr"])
     ax.plot(widths, best, "o", color="black", mfc="white", zorder=5, label="optimum")
     ax.stairs(edge, bounds, baseline=None, color="black", lw=2.2, zorder=3, label="stability edge")
-    if predicted is not None and np.isfinite(edge).any():
-        line = fit_line(widths, edge, predicted)
+    if row["predicted"] is not None and np.isfinite(edge).any():
+        line = fit_line(widths, edge, row["predicted"])
         ax.plot(widths, line, "--", color=COLOURS[1], lw=2, zorder=4, label="predicted slope")
     ax.margins(0)
     ax.grid(False)
 
 
 def bounded(summary):
-    """edge exponents of four losses or more beside their predictions; the loss at the widest net"""
+    """edge exponents of four losses or more beside predictions; the loss at the widest net"""
     rows = some(widest_group(curves(summary), "loss"), least=4)
-    rows = sorted(rows, key=lambda row: -(row["predicted_max_stable_exponent"] or 0.0))
+    rows = sorted(rows, key=lambda row: -(row["predicted"] or 0.0))
     fig, ((left, right),) = panels(2, 4.6, 3.4)
     for place, row in enumerate(rows):
         color, curve = loss_colour(row["loss"]), row["curves"][-1]
-        exponent_points(left, floats([place]), [row], "max_stable_", ticks=0.7, color=color, capsize=3)
-        left.axhline(floats([row["predicted_max_stable_exponent"]])[0], **DASHED)
+        exponent_points(left, floats([place]), [row], ticks=0.7, color=color, capsize=3)
+        left.axhline(*floats([row["predicted"]]), **DASHED)
         values = relative_loss(row, curve)[None]            # (1, K)
-        loss_line(right, floats(curve["lr"]), values, edge_of(row)[-1], named(row["loss"]), color)
+        loss_line(right, floats(curve["lr"]), values, edge_of(row)[-1], color, named(row["loss"]))
     left.set_xticks(range(len(rows)), [named(row["loss"]).replace(" ", "\n") for row in rows])
     left.set(ylabel="exponent of the largest stable LR", title="ticks: predicted, bars: 95 % intervals")
     left.grid(axis="x", visible=False)
@@ -457,14 +466,15 @@ def bounded(summary):
 def losses(summary):
     """best validation accuracy over LR against width, a line per loss (Fig. 7)"""
     rows = curves(summary)
-    names, each = some(unique(row["loss"] for row in rows), least=3), groups(rows, "loss").values()
+    names, each = some(unique(rows, "loss"), least=3), groups(rows, "loss")
     told = [key for key in differing(rows) if key != "loss"] or ["param"]
     fig, axes = panels(len(each), 3.2, 3.1, ylabel="best validation accuracy (%)", sharey=True)
     for ax, group in zip(axes.flat, each):
         for row in group:
             seeds = 100 * floats(row["best_val_accuracy"])          # (W, S)
-            mean, beside = seeds.mean(1), 1.05 ** (names.index(row["loss"]) - (len(names) - 1) / 2)
+            mean = seeds.mean(1)
             bars = mean - seeds.min(1), seeds.max(1) - mean
+            beside = 1.05 ** (names.index(row["loss"]) - (len(names) - 1) / 2)
             ax.errorbar(floats(row["widths"]) * beside, mean, bars, fmt="o-", capsize=2.5,
                         color=loss_colour(row["loss"]), label=named(row["loss"]))
         width_axis(ax, group[0]["widths"], yscale="linear", title=words(group[0], told))
@@ -474,43 +484,43 @@ def losses(summary):
 def calibration(summary):
     """expected calibration error and logits at the optimal LR against width, under CE"""
     rows = [row for row in curves(summary) if (row["model"], row["loss"]) == ("mlp", "ce")]
-    some({row["param"] for row in rows}, least=2)
+    some(unique(rows, "param"), least=2)
     fig, axes = panels(2, 5.2, 3.2)
-    ylabels = "expected calibration error", "RMS of the logits"
-    for ax, key, ylabel in zip(axes.flat, ("val_ece", "logit_rms"), ylabels):
-        for i, row in enumerate(rows):
-            seeds_trend(ax, row["widths"], floats(row["at_optimum"][key]).T, name_of(row, rows), **look(i))
-        width_axis(ax, shades(rows), BESIDE, ylabel=ylabel)
+    measures = {"val_ece": "expected calibration error", "logit_rms": "RMS of the logits"}
+    for ax, (key, ylabel) in zip(axes.flat, measures.items()):
+        for row, look in zip(rows, LOOKS()):
+            values = floats(row["at_optimum"][key]).T           # (S, W)
+            seeds_trend(ax, row["widths"], values, name_of(row, rows), **look)
+        width_axis(ax, width_looks(rows), BESIDE, ylabel=ylabel)
     return finish(fig, f"{setting(summary, rows)} at the optimal LR; a dot per seed")
 
 
 def regimes(summary):
     """exponents of logits and effective updates against α, on the predicted lines (Prop. 1 and 2)"""
     shown = widest_group(tracked(summary, "updates"), "alpha", "loss")
-    some({row["alpha"] for row in shown}, least=3)
-    names, steps = (unique(row[key] for row in shown) for key in ("loss", "step"))
+    some(unique(shown, "alpha"), least=3)
+    names, steps = unique(shown, "loss"), unique(shown, "step")
     fig, axes = panels(len(steps) * len(names), 4.2, 3.2, len(names), "width exponent",
                        sharex=True, sharey=True)
-    for i, step in enumerate(steps):
-        for j, loss in enumerate(names):
-            here = where(shown, step=step, loss=loss)
-            shade_regimes(axes[i, j], {row["alpha"]: row["regime"] for row in here})
-            exponents_over_alpha(axes[i, j], here, summary["hidden_layers"])
-            axes[i, j].set_title(f"{named(loss)}, after {WORDS['step'](step)}", pad=24)
-            axes[-1, j].set_xlabel("α (learning rate ∝ $n^{-α}$)")
+    plt.setp(axes[-1], xlabel="α (learning rate ∝ $n^{-α}$)")
+    for ax, (step, loss) in zip(axes.flat, product(steps, names)):
+        here = where(shown, step=step, loss=loss)
+        shade_regimes(ax, {row["alpha"]: row["regime"] for row in here})
+        exponents_over_alpha(ax, here, summary["hidden_layers"])
+        ax.set_title(f"{named(loss)}, after {counted(step, 'step')}", pad=24)
     predicted = [row["predicted"] for row in shown if row["predicted"] is not None] or [0.0]
     axes[0, 0].set_ylim(min(predicted) - 0.25, min(max(predicted), 1.6) + 0.75)
     title = f"{setting(summary, shown)} × (n / {summary['base_width']})$^{{-α}}$"
-    bound = any(row.get("lower_bound") for row in shown)            # divergence feeds back from step to step
+    bound = any(row.get("lower_bound") for row in shown)        # divergence feeds back
     below = "\n(later steps, red:\nlower bounds)" if bound else ""
     return finish(fig, title, legend=f"lines: predicted{below}\npoints: measured")
 
 
 def shade_regimes(ax, regime):
     """The background in the colour of each α's regime, its name above; regime: {α: name}."""
-    alphas, names = sorted(regime), [regime[alpha] for alpha in sorted(regime)]
+    alphas, names = zip(*sorted(regime.items()))
     bounds = [alphas[0] - 0.08, *alphas[1:], alphas[-1] + 0.08]
-    for name in unique(names):
+    for name in dict.fromkeys(names):
         low, high = bounds[names.index(name)], bounds[len(names) - names[::-1].index(name)]
         ax.axvspan(low, high, color=REGIMES.get(name, "0.95"), lw=0, zorder=0)
         ax.text((low + high) / 2, 1.01, name.replace(" ", "\n"), transform=ax.get_xaxis_transform(),
@@ -534,25 +544,25 @@ def exponents_over_alpha(ax, rows, readout):
 
 
 def course(summary):
-    """logits' change, hidden update and loss over the first steps, a line per width: the mechanism"""
-    rows = [row for row in summary.get("course", ()) if len(row["steps"]) > 5]
-    rows = widest_group(some(rows), "loss")
+    """logits' change, hidden update and loss over the first steps, a line per width"""
+    rows = some([row for row in summary.get("course", ()) if len(row["steps"]) > 5])
+    rows = widest_group(rows, "loss")
     lines = {kind: floats(line for row in rows for line in row[kind]) for kind in COURSE}
     kinds = some([kind for kind in COURSE if (lines[kind][:, 0] > 0).any()])
     fig, axes = panels(len(kinds) * len(rows), 2.9, 2.2, len(rows), sharex=True, sharey="row")
-    colours = shades(rows)
-    for (i, j), ax in np.ndenumerate(axes):
-        kind, row = kinds[i], rows[j]
+    looks = width_looks(rows)
+    for ax, (kind, row) in zip(axes.flat, product(kinds, rows)):
         values, (low, top) = floats(row[kind]), course_range(lines[kind])          # values (W, T)
         for width, line in zip(row["widths"], values):
-            course_line(ax, row["steps"], line, top, color=colours[width], label=f"{width}")
+            course_line(ax, row["steps"], line, top, **looks[width])
         first = slope(row["widths"], geometric_mean([values[:, 0]]))
         if first is not None and kind != "train_loss":
             ax.text(0.97, 0.95, f"step 1: {power(first)}", transform=ax.transAxes, ha="right", va="top")
-        ax.set(xscale="log", yscale="log", xlim=(0.8, 1.2 * row["steps"][-1]), ylim=(low, top), xlabel="step",
-               ylabel=COURSE[kind], title="" if i else named(row["loss"]))
+        ax.set(xscale="log", yscale="log", xlim=(0.8, 1.2 * row["steps"][-1]), ylim=(low, top),
+               xlabel="step", ylabel=COURSE[kind], title=named(row["loss"]))
         log_ticks(ax.xaxis)
         ax.label_outer()
+    plt.setp(axes[1:], title="")
     title = f"{setting(summary, rows)}. Triangles: beyond the panel or not finite"
     return finish(fig, title, legend="width")
 
@@ -568,27 +578,25 @@ def course_range(lines):
 
 def course_line(ax, steps, values, top, **kwargs):
     """A line (T,) until it is above `top` or not finite, and a mark at the step where it is."""
-    beyond = np.flatnonzero(~(values < top))
-    end = beyond[0] if beyond.size else len(values)
-    ax.plot(steps[:end + 1], np.append(values[:end], [top] * (beyond.size > 0)), **kwargs)
-    if end < len(values) and np.isfinite(values[0]):
+    end = np.argmax([*~(values < top), True])
+    ax.plot(steps[:end + 1], [*values[:end], top][:len(steps)], **kwargs)
+    if end < len(steps) and np.isfinite(values[0]):
         ax.plot(steps[end], top, "^", color=kwargs["color"], ms=5, clip_on=False, zorder=4)
 
 
 def updates(summary, step=1):
     """effective and propagating updates of every layer against width, after the first step (Fig. 4)"""
-    rows = some([row for row in tracked(summary, "updates", step=step) if row["kind"] in UPDATES])
-    rows = where(rows, loss=rows[0]["loss"], lr=rows[0]["lr"])
+    rows = [row for row in tracked(summary, "updates", step=step) if row["kind"] in UPDATES]
+    rows = where(some(rows), loss=rows[0]["loss"], lr=rows[0]["lr"])
     rows = [row for row in rows if row["alpha"] in (0.0, 0.5, 1.0)] or rows
-    each = groups(rows).values()
-    fig, axes = layer_panels(rows, UPDATES, summary["hidden_layers"] + 1, 3.0)
-    for i, curve in enumerate(each):
+    fig, axes = layer_panels(summary, rows, UPDATES, 3.0)
+    for curve, look in zip(groups(rows), LOOKS()):
         for row in curve:
-            ax, exponent = axes[row["kind"], row["layer"]], row["exponent"]
+            ax, exponent = axes[row["kind"]][row["layer"]], row["exponent"]
             label = f"{name_of(row, rows)}: {signed(exponent)} ({signed(row['predicted'])})"
-            trend(ax, row["widths"], geometric_mean(row["values"]), exponent, label, **look(i))
+            trend(ax, row["widths"], geometric_mean(row["values"]), exponent, label, **look)
             width_axis(ax, row["widths"], BELOW)
-    title = f"{setting(summary, rows)}. RMS of the updates after {WORDS['step'](step)}"
+    title = f"{setting(summary, rows)}. RMS of the updates after {counted(step, 'step')}"
     return finish(fig, f"{title}; exponents: measured (predicted)")
 
 
@@ -599,16 +607,16 @@ def later_updates(summary):
 
 
 def alignment(summary):
-    """operator-norm alignment of ΔW with x, and of W0 with Δx, over the steps; a line per width (Fig. 2)"""
+    """operator-norm alignment of ΔW with x and W0 with Δx over the steps, a line per width (Fig. 2)"""
     rows = summary.get("alignment", ()) if summary.get("model") == "mlp" else ()
     rows = [row for row in rows if len(row["steps"]) > 5 and (floats(row["values"]) > 0).any()]
-    curve = next(iter(groups(some(rows)).values()))
-    fig, axes = layer_panels(curve, ALIGNMENTS, summary["hidden_layers"] + 1, 2.3)
+    curve = groups(some(rows))[0]
+    fig, axes = layer_panels(summary, curve, ALIGNMENTS, 2.3)
     for row in curve:
-        ax = axes[row["kind"], row["layer"]]
+        ax = axes[row["kind"]][row["layer"]]
         ax.set(xscale="log", ylim=(0, 1.05), xlabel="step")
-        for (width, color), values in zip(shades(curve).items(), floats(row["values"])):
-            ax.plot(row["steps"], values, color=color, label=f"{width}")
+        for look, values in zip(width_looks(curve).values(), floats(row["values"])):
+            ax.plot(row["steps"], values, **look)
         log_ticks(ax.xaxis)
     return finish(fig, f"{setting(summary, curve)}. Operator-norm alignment", legend="width")
 
@@ -616,21 +624,24 @@ def alignment(summary):
 def limit(summary):
     """softmax outputs' distance to the widest network's, and the features' change (Prop. 2)"""
     rows = tracked(summary, "limit")
-    some(range(summary["steps"]), least=21)
-    layer, rates = summary["hidden_layers"] - 1, unique(row["lr"] for row in rows)
-    changes = groups(where(summary["updates"], step=summary["steps"], kind="features", layer=layer))
-    fig, axes = panels(2 * len(rates), 5.2, 3.3, 2, "distance of softmax outputs\nto the widest network's")
-    for i, curve in enumerate(groups(rows, "lr").values()):
-        for key, (row,) in groups(curve).items():
+    rates, steps, layer = unique(rows, "lr"), summary["steps"], summary["hidden_layers"] - 1
+    some(range(steps), least=21)
+    changes = where(summary["updates"], step=steps, kind="features", layer=layer)
+    ylabel = "distance of softmax outputs\nto the widest network's"
+    fig, axes = panels(2 * len(rates), 5.2, 3.3, 2, ylabel)
+    for curve, look in zip(groups(rows, "lr"), LOOKS()):
+        for row in curve:
             left, right = axes[rates.index(row["lr"])]
-            label, nearer = name_of(row, where(rows, lr=row["lr"])), row["widths"][:-1]
-            seeds_trend(left, nearer, floats(row["values"])[:, :-1], label, **look(i))    # the widest's is 0
-            seeds_trend(right, row["widths"], changes[key][0]["values"], label, **look(i))
+            label, widths = name_of(row, where(rows, lr=row["lr"])), row["widths"]
+            nearer = floats(row["values"])[:, :-1]          # the widest's is 0
+            change = where(changes, **{key: row[key] for key in CURVE})[0]
+            seeds_trend(left, widths[:-1], nearer, label, **look)
+            seeds_trend(right, widths, change["values"], label, **look)
     for (left, right), lr in zip(axes, rates):
         title = f"LR {lr:g}" if len(rates) > 1 else ""
-        width_axis(left, nearer, BESIDE, title=title)
-        width_axis(right, row["widths"], BESIDE, title=title,
-                   ylabel="change of the last\nhidden features (RMS)")
+        ylabel = "change of the last\nhidden features (RMS)"
+        width_axis(left, widths[:-1], BESIDE, title=title)
+        width_axis(right, widths, BESIDE, title=title, ylabel=ylabel)
     return finish(fig, f"{setting(summary, rows)}; a dot per seed")
 
 
@@ -638,17 +649,18 @@ def tensor_kinds(summary):
     """exponents of a GPT's updates after one step by kind of tensor, over the layers"""
     rows = tracked(summary, "updates", mlp=False, step=1)
     rows = some([row for row in rows if row["kind"] in UPDATES and row["exponent"] is not None])
-    tensors = unique(row["module"].split(".")[-1] for row in rows)
-    each = groups(rows).values()
+    tensors = list(dict.fromkeys(row["module"].split(".")[-1] for row in rows))
+    each = groups(rows)
     space = min(0.26, 0.8 / len(each))
     fig, axes = panels(2, 0.78 * len(tensors) + 1.8, 2.6, 1, "width exponent", sharex=True)
     for ax, (kind, symbol) in zip(axes.flat, UPDATES.items()):
         for i, curve in enumerate(each):
             here = where(curve, kind=kind)
-            x = floats(tensors.index(row["module"].split(".")[-1]) for row in here)
             if here:
-                exponent_points(ax, x + space * (i - (len(each) - 1) / 2), here, ticks=0.9 * space,
-                                color=COLOURS[i % 7], label=name_of(here[0], rows))
+                x = floats(tensors.index(row["module"].split(".")[-1]) for row in here)
+                x += space * (i - (len(each) - 1) / 2)          # side by side
+                exponent_points(ax, x, here, ticks=0.9 * space, color=COLOURS[i % 7],
+                                label=name_of(here[0], rows))
         ax.axhline(0, color="0.4", lw=0.8)
         ax.set_title(symbol)
         ax.grid(axis="x", visible=False)
@@ -666,11 +678,11 @@ def linear_net(summary):
     for ax, (part, title) in zip(axes.flat, titles.items()):
         for i, row in enumerate(parts[part]):
             name = words(row, ("param", "alpha", "step", "warmup"))
-            if row.get("warmup_exponent"):
-                name += f" × (n / {row['base_width']})$^{{{row['warmup_exponent']:g}}}$"
+            name += scaled(row, row.get("warmup_exponent"))
+            name += f": {fitted(row)}"
             values = edge_of(row) if part == "edges" else geometric_mean(row["values"])
-            predicted = None if part == "distance" and i else row["predicted"]        # the same for all
-            trend(ax, row["widths"], values, row["exponent"], f"{name}: {fitted(row)}", COLOURS[i % 7],
+            predicted = None if part == "distance" and i else row["predicted"]      # all share it
+            trend(ax, row["widths"], values, row["exponent"], name, COLOURS[i % 7],
                   marker="os^Dv"[i % 5], predicted=predicted)
         width_axis(ax, row["widths"], BELOW, title=title)
     return finish(fig, "Closed-form linear net f = x uᵀv, one sample, squared loss. "
@@ -683,12 +695,12 @@ FIGURES = {figure.__name__: figure for figure in (
 
 
 def draw(out, only=None):
-    """Paths of what a result folder can show, or of `only`, drawn into <out>/figures as PNG and PDF.
+    """Draws all that a result folder can show, or `only`, into <out>/figures; the paths, PNG and PDF.
 
-    PlotError without a sound summary.json, for an unknown figure and, with the others drawn, for one that
-    cannot be; the traceback of an unexpected error is on standard error.
+    PlotError without a sound summary.json, for an unknown figure and, with the others drawn, for one
+    that cannot be; an unexpected error's traceback is on standard error.
     """
-    path, folder, written, failed = Path(out) / "summary.json", Path(out) / "figures", [], []
+    path, folder = Path(out) / "summary.json", Path(out) / "figures"
     for name in only or ():
         if name not in FIGURES:
             raise PlotError(f"unknown figure {name!r}; choose from {', '.join(FIGURES)}")
@@ -696,11 +708,12 @@ def draw(out, only=None):
         raise PlotError(f"{path} is not there; run python sweep.py --out {out} first")
     try:
         summary = json.loads(path.read_text())
-        damaged = "linear_net" not in summary and not all("curves" in row for row in summary["rows"])
+        sound = "linear_net" in summary or all("curves" in row for row in summary["rows"])
     except (ValueError, LookupError, TypeError):
-        damaged = True
-    if damaged:
+        sound = False
+    if not sound:
         raise PlotError(f"{path} is damaged; its command writes it again, and runs nothing twice")
+    written, failed = [], []
     for name in only or FIGURES:
         try:
             with plt.rc_context(STYLE):
@@ -711,7 +724,8 @@ def draw(out, only=None):
                     fig.set_layout_engine("none")       # one layout serves both
                     written.append(file)
         except Absent as error:
-            failed += [f"{name!r} cannot be drawn: {error}"] if only else []
+            if only:
+                failed.append(f"{name!r} cannot be drawn: {error}")
         except OSError:
             raise
         except Exception as error:
