@@ -68,6 +68,25 @@ def small_data(dtype):
     return data.load_data("multi_index", dtype=dtype, train_size=400, val_size=100)
 
 
+@pytest.mark.parametrize("name, allowed, refused", [
+    ("width", (1, 2 ** 31 - 1), (0, 2 ** 31, 1.0, True, "1")),
+    ("seed", (0, 2 ** 63 - 2), (-1, 2 ** 63 - 1)),
+    ("lr", (1e-300, 1e300, 1), (0.0, math.inf, math.nan, True)),
+    ("clip", (0.0, 1e300), (-1e-300, math.inf)),
+    ("momentum", (0.0, 1 - 2 ** -53), (-1e-300, 1.0)),
+    ("alpha", (-10.0, 10.0), (-10.000001, 10.000001)),
+    ("bias", (True, False), (0, 1, None)),
+    ("data", ("mnist",), ("", 0)),
+])
+def test_settings_are_allowed_up_to_their_bounds_and_refused_beyond(name, allowed, refused):
+    for value in allowed:
+        config = train.configure({name: value})
+        assert config[name] == value and type(config[name]) is type(train.SETTINGS[name][0])
+    for value in refused:
+        with pytest.raises(train.InputError, match=f"^{name} is {re.escape(repr(value))}; it must be"):
+            train.configure({name: value})
+
+
 @pytest.fixture(scope="module")
 def f32():
     return small_data(torch.float32)
@@ -248,6 +267,13 @@ def test_every_loss_falls_for_both_models_under_both_optimizers(model, loss, opt
 
 
 # ---- divergence, and what a stack shares ----
+
+def test_a_stack_is_looked_at_every_fifth_step_and_at_the_last(f32):
+    seen = []
+    train.train([dict(SMALL, steps=12, lr=lr) for lr in (0.1, 1e9)], f32,
+                progress=lambda step, alive: seen.append((step, alive)))
+    assert seen == [(5, 1), (10, 1), (12, 1)]
+
 
 def test_divergence_is_a_row_and_does_not_touch_its_neighbours(f32):
     run, lrs = dict(SMALL, loss="mse"), [0.1, 1e4, 0.05, 1e30]
