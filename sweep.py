@@ -86,7 +86,8 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
     "updates": (
         "update norms of every layer against width (Fig. 4)",
         dict(curves=[dict(alpha=0.5), dict(param="mup"), dict(param="sp_full_align")],
-             loss="ce", widths=WIDE, seeds=16, lrs=[0.1], steps=10, track=1),
+             loss="ce", widths=WIDE, seeds=8, lrs=[0.1], readout_scale=0.05, steps=10,
+             track=1),
         dict(hidden_layers=7, steps=100, seeds=4, track=10)),
     "alignment": (
         "alignment over training (Fig. 2)",
