@@ -386,6 +386,13 @@ def test_rows_of_different_settings_are_refused_with_the_setting(copied):
     assert contents(copied) == before
 
 
+@pytest.mark.parametrize("lrs", [1, 2])
+def test_one_learning_rate_alone_has_no_optimum_and_no_edge(tmp_path, capsys, lrs):
+    rows = [{**row, "network": None} for row in rows_of([[0.3, 0.2][:lrs]])]
+    analyze.report(tmp_path, rows, {}, "chance", "a command")
+    assert bool(summary_of(tmp_path)["rows"]) == ("Exponents of LR" in capsys.readouterr().out) == (lrs > 1)
+
+
 def test_rows_of_another_version_are_refused_by_name(swept, tmp_path):
     rows = [{key: value for key, value in row.items() if key != "init"}
             for row in analyze.read_rows(swept[0]).values()]
