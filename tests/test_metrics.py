@@ -677,9 +677,18 @@ def test_preconditioned_sharpness_is_that_of_the_similar_matrix():
     for given in (preconditioner, list(preconditioner.values())):
         found = metrics.sharpness(model, F.cross_entropy, x, y, preconditioner=given)
         assert found == pytest.approx(exact, rel=1e-2)
-    with pytest.raises(ValueError, match="'2.bias' must be a positive tensor"):
-        bad = {**preconditioner, "2.bias": torch.zeros(3)}
-        metrics.sharpness(model, F.cross_entropy, x, y, preconditioner=bad)
+    for entry in (torch.zeros(3), torch.ones(1), torch.ones(3, 1), None):
+        bad = {**preconditioner, "2.bias": entry}
+        with pytest.raises(ValueError, match=r"'2.bias' must be a positive tensor of shape \(3,\)"):
+            metrics.sharpness(model, F.cross_entropy, x, y, preconditioner=bad)
+
+
+def test_sharpness_is_right_where_gradients_are_switched_off():
+    model, _, x = mlp_pair(sizes=(6, 12, 3))
+    y = torch.arange(20) % 3
+    on = metrics.sharpness(model, F.cross_entropy, x, y)
+    with torch.no_grad():
+        assert metrics.sharpness(model, F.cross_entropy, x, y) == on > 0
 
 
 def test_sharpness_of_attention_and_of_losses_that_are_linear_or_not_scalar():
