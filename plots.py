@@ -222,7 +222,8 @@ def finish(fig, title, legend=None):
 
 def even_lines(text, most):
     """The text in as few lines of at most so many characters as it needs, about equally long."""
-    each = (textwrap.wrap(text, size, break_on_hyphens=False) for size in range(1, most + 1))
+    each = (textwrap.wrap(text, size, break_on_hyphens=False, break_long_words=False)
+            for size in range(1, most + 1))
     return "\n".join(min(each, key=len))
 
 

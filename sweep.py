@@ -656,7 +656,7 @@ def main():
         if leads:
             rows = read_rows(out)
             if track:
-                read_rows(out, "track*.jsonl")          # drops a half-written line before more come
+                read_rows(out, "track*.jsonl")          # sound, and whole, before more is appended
             check_folder(out, rows, given, track)
             print(f"{args['preset']}: {first['model']} on {first['data']}, {len(curves)} curves, widths "
                   f"{' '.join(map(str, args['widths']))}, {args['seeds']} seeds, {first['steps']} steps, "

@@ -69,54 +69,54 @@ def one_of(names):
     return Kind(str, "one of " + ", ".join(names), lambda v: v in names)
 
 
-SETTINGS = dict(        # name=(default, kind, help)
-    model=("mlp", NETWORK, "mlp, gpt, or FILE.py:FUNCTION: build(width), or build(width, shape), "
-           "in a file of yours, that returns a torch module"),
-    width=(256, COUNT, "hidden units"),
-    base_width=(256, COUNT, "width at which all parameterizations coincide"),
-    hidden_layers=(3, COUNT, "hidden activations; 7 is the paper's 8-layer MLP"),
-    activation=("relu", one_of(models.ACTIVATIONS), "nonlinearity"),
-    bias=(False, FLAG, "biases, initially zero"),
-    layers=(2, COUNT, "gpt: decoder layers"),
-    context=(32, COUNT, "text: tokens of a sample"),
-    head_dim=(32, COUNT, "gpt: size of an attention head, at every width"),
-    norm_affine=(True, FLAG, "gpt: trainable gains of LayerNorm"),
-    qk_norm=(True, FLAG, "gpt: LayerNorm on queries and keys"),
-    init=("he", one_of(("he", "own")), "he: normal, variance 2 / fan-in (text: 1 / fan-in); "
-          "own: as the network is built, with each tensor's RMS at the base width"),
-    roles=("", WORDS, "NAME=ROLE ... where shapes do not tell; NAME may have * and ?, "
-           f"ROLE is one of {', '.join(param.ROLES)}"),
-    code=("", WORDS, "hash of FILE.py and of the files beside it that it imports"),
-    trainable=("all", one_of(param.TRAINABLE), "readout: random features"),
-    data=("multi_index", TEXT, f"{', '.join(data.SHAPES)}; text: stdlib (sources of Python's "
-          "standard library), or a file or folder of text or .bin tokens"),
-    vocab_size=(0, WHOLE, "text: tokens; 0 is as many as the data has"),
-    train_size=(20_000, COUNT, "multi_index: training samples"),
-    val_size=(1_000, COUNT, "validation samples"),
-    data_seed=(0, WHOLE, "multi_index: seed of the samples"),
-    loss=("ce", one_of(stack.LOSSES), "loss"),
-    huber_delta=(1.0, POSITIVE, "huber: error at which its derivative stops growing"),
-    label_smoothing=(0.0, FRACTION, "ce: share of the target that all classes have alike"),
-    param=("sp", one_of(param.PARAMETERIZATIONS), "parameterization"),
-    alpha=(0.0, EXPONENT, "every LR times (width / base width)^-alpha"),
-    readout_scale=(1.0, NONNEGATIVE, "factor on the readout's initial weights, at every width"),
-    optimizer=("sgd", one_of(param.OPTIMIZERS), "optimizer; adam is AdamW"),
-    lr=(0.1, POSITIVE, "learning rate at the base width"),
-    momentum=(0.0, FRACTION, "SGD: momentum"),
-    beta1=(0.9, FRACTION, "Adam: decay of the first moment"),
-    beta2=(0.95, FRACTION, "Adam: decay of the second moment"),
-    eps=(1e-8, POSITIVE, "Adam: ε at the base width"),
-    weight_decay=(0.0, NONNEGATIVE, "lr * weight decay per step does not change with width"),
-    clip=(0.0, NONNEGATIVE, "largest gradient norm over all tensors; 0 is no clipping"),
-    steps=(400, COUNT, "optimizer steps"),
-    batch_size=(64, COUNT, "samples a step"),
-    accumulate=(1, COUNT, "gradient accumulation: parts of a batch"),
-    warmup=(0, WHOLE, "steps of linear warmup"),
-    decay=("none", one_of(("none", "cosine")), "cosine: to a tenth of the LR at the last step"),
-    seed=(0, WHOLE, "seed of initialization and data order"),
-    dtype=("float32", one_of(("float32", "tf32", "float64", "bfloat16")),
-           "tf32: products in TF32 on CUDA; bfloat16: by autocast"),
-)
+SETTINGS = {    # name: (default, kind, help)
+    "model": ("mlp", NETWORK, "mlp, gpt, or FILE.py:FUNCTION: build(width), or build(width, shape), "
+              "in a file of yours, that returns a torch module"),
+    "width": (256, COUNT, "hidden units"),
+    "base_width": (256, COUNT, "width at which all parameterizations coincide"),
+    "hidden_layers": (3, COUNT, "hidden activations; 7 is the paper's 8-layer MLP"),
+    "activation": ("relu", one_of(models.ACTIVATIONS), "nonlinearity"),
+    "bias": (False, FLAG, "biases, initially zero"),
+    "layers": (2, COUNT, "gpt: decoder layers"),
+    "context": (32, COUNT, "text: tokens of a sample"),
+    "head_dim": (32, COUNT, "gpt: size of an attention head, at every width"),
+    "norm_affine": (True, FLAG, "gpt: trainable gains of LayerNorm"),
+    "qk_norm": (True, FLAG, "gpt: LayerNorm on queries and keys"),
+    "init": ("he", one_of(("he", "own")), "he: normal, variance 2 / fan-in (text: 1 / fan-in); "
+             "own: as the network is built, with each tensor's RMS at the base width"),
+    "roles": ("", WORDS, "NAME=ROLE ... where shapes do not tell; NAME may have * and ?, "
+              f"ROLE is one of {', '.join(param.ROLES)}"),
+    "code": ("", WORDS, "hash of FILE.py and of the files beside it that it imports"),
+    "trainable": ("all", one_of(param.TRAINABLE), "readout: random features"),
+    "data": ("multi_index", TEXT, f"{', '.join(data.SHAPES)}; text: stdlib (sources of Python's "
+             "standard library), or a file or folder of text or .bin tokens"),
+    "vocab_size": (0, WHOLE, "text: tokens; 0 is as many as the data has"),
+    "train_size": (20_000, COUNT, "multi_index: training samples"),
+    "val_size": (1_000, COUNT, "validation samples"),
+    "data_seed": (0, WHOLE, "multi_index: seed of the samples"),
+    "loss": ("ce", one_of(stack.LOSSES), "loss"),
+    "huber_delta": (1.0, POSITIVE, "huber: error at which its derivative stops growing"),
+    "label_smoothing": (0.0, FRACTION, "ce: share of the target that all classes have alike"),
+    "param": ("sp", one_of(param.PARAMETERIZATIONS), "parameterization"),
+    "alpha": (0.0, EXPONENT, "every LR times (width / base width)^-alpha"),
+    "readout_scale": (1.0, NONNEGATIVE, "factor on the readout's initial weights, at every width"),
+    "optimizer": ("sgd", one_of(param.OPTIMIZERS), "optimizer; adam is AdamW"),
+    "lr": (0.1, POSITIVE, "learning rate at the base width"),
+    "momentum": (0.0, FRACTION, "SGD: momentum"),
+    "beta1": (0.9, FRACTION, "Adam: decay of the first moment"),
+    "beta2": (0.95, FRACTION, "Adam: decay of the second moment"),
+    "eps": (1e-8, POSITIVE, "Adam: ε at the base width"),
+    "weight_decay": (0.0, NONNEGATIVE, "lr * weight decay per step does not change with width"),
+    "clip": (0.0, NONNEGATIVE, "largest gradient norm over all tensors; 0 is no clipping"),
+    "steps": (400, COUNT, "optimizer steps"),
+    "batch_size": (64, COUNT, "samples a step"),
+    "accumulate": (1, COUNT, "gradient accumulation: parts of a batch"),
+    "warmup": (0, WHOLE, "steps of linear warmup"),
+    "decay": ("none", one_of(("none", "cosine")), "cosine: to a tenth of the LR at the last step"),
+    "seed": (0, WHOLE, "seed of initialization and data order"),
+    "dtype": ("float32", one_of(("float32", "tf32", "float64", "bfloat16")),
+              "tf32: products in TF32 on CUDA; bfloat16: by autocast"),
+}
 # The defaults that differ on text, the paper's.
 ON_TEXT = dict(data="stdlib", base_width=64, batch_size=8, val_size=128, decay="cosine", warmup=10)
 ADAM_ON_TEXT = dict(eps=1e-12, weight_decay=0.1, clip=1.0)
@@ -656,17 +656,20 @@ def tracker(state, model, roles, splits, config, alignment):
     def loss(logits, y):
         return loss_and_chi(logits, y)[0].mean()
 
-    def load(r):
-        return models.put(module, [w[r].clone() for w in state.stack["weights"]])
+    def weights_of(position):
+        return [w[position] for w in state.stack["weights"]]
 
+    before = []                 # training goes on in the weights: these are copies
     with torch.no_grad():
-        before = [(metrics.capture(load(r), x), module(x), {}) for r in state.alive.tolist()]
+        for r in state.alive.tolist():
+            models.put(module, [w.clone() for w in weights_of(r)])
+            before.append((metrics.capture(module, x), module(x), {}))
 
     @torch.autocast(x.device.type, enabled=False)
     def measure():
         softmax = state.done == config["steps"] and y.ndim == 1
         for position, r in enumerate(state.alive.tolist()):
-            load(position)
+            models.put(module, weights_of(position))
             for row in measurements(module, roles, x, y, loss, *before[r], alignment, softmax):
                 state.tracked.append({"id": state.ids[r], "step": state.done, **finite(row)})
 

@@ -103,6 +103,10 @@ def test_a_title_has_as_few_lines_as_it_needs_and_no_lone_word_in_the_last(most,
     assert plots.even_lines("a title of six short words", most) == "\n".join(lines)
 
 
+def test_a_titles_words_are_not_cut():
+    assert plots.even_lines("a nine-letter-word", 16) == "a\nnine-letter-word"
+
+
 def test_lines_of_loss_against_lr_stop_where_the_search_left_a_gap():
     row = sweep_row(widths=(64, 128))
     evenly = [0.01, 0.1, 1.0]                   # however wide the steps, no gap
