@@ -12,8 +12,9 @@ One step, with the old f and λ on the right, is exactly
 
 for all parameterizations at once, so f and λ stand for all 2n weights.
 
-    python linear_net.py                # largest stable LR, distance to the limit, loss decrease
-    path = linear_net(4096, lr=0.1, steps=100, parameterization="mup")      # path.loss (101,)
+    python linear_net.py    # largest stable LR, distance to the limit, loss decrease
+    path = linear_net(4096, lr=0.1, steps=100,
+                      parameterization="mup")       # path.loss (101,)
 
 Needs torch and numpy; can be copied alone. Out of scope: several samples, other losses.
 """
@@ -41,16 +42,20 @@ LinearNet = namedtuple("LinearNet", "f ntk loss diverged_at")
 
 
 def width_exponents(parameterization, alpha=0.0):
-    """Exponents of m in the initial f, k_u ‖v‖², k_v ‖u‖² and P; ValueError on an unknown name."""
+    """Exponents of m in the initial f, k_u ‖v‖², k_v ‖u‖² and P;
+    ValueError on an unknown name.
+    """
     if parameterization not in LINEAR_NET:
         raise ValueError(f"unknown parameterization {parameterization!r}; "
                          f"choose from {', '.join(LINEAR_NET)}")
     b, c_in, c_out = LINEAR_NET[parameterization]
-    return 0.5 - b, 1 - 2 * b - c_in - alpha, 1 - c_out - alpha, -c_in - c_out - 2 * alpha
+    return (0.5 - b, 1 - 2 * b - c_in - alpha, 1 - c_out - alpha,
+            -c_in - c_out - 2 * alpha)
 
 
-def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0, base_width=1, x=1.0, y=1.0,
-               weight_decay=0.0, schedule=None, label_noise=0.0, f0=None):
+def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0,
+               base_width=1, x=1.0, y=1.0, weight_decay=0.0, schedule=None,
+               label_noise=0.0, f0=None):
     """The trajectory, in float64 on the CPU.
 
     lr (at base_width, times m^-alpha), seed and weight_decay broadcast to a
@@ -59,8 +64,10 @@ def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0, base_width
     noise added to y anew at every step. f0 replaces the initial f that seed
     draws. Returns
 
-        f, ntk, loss   (steps + 1, ...): before every step and after the last; nan once diverged
-        diverged_at    (...): first step whose loss, without noise, is not finite; -1 if none
+        f, ntk, loss   (steps + 1, ...): before every step and after the last;
+                       nan once diverged
+        diverged_at    (...): first step whose loss, without noise, is not
+                       finite; -1 if none
 
     At base_width 1, ntk is the paper's λ for ntp, mup, and sp with alpha = 1.
     width = math.inf is the limit: f ~ N(0, x²) or 0 at first, a fixed ntk
@@ -70,13 +77,15 @@ def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0, base_width
     powers = width_exponents(parameterization, alpha)
     if width == math.inf and max(powers) > 0:
         least = alpha + max(powers[1], powers[2], powers[3] / 2)
-        raise ValueError(f"{parameterization} with alpha = {alpha:g} has no infinite-width limit; "
-                         f"use alpha >= {least:g}")
-    size_f, size_v, size_u, size_p = (float(width / base_width) ** power for power in powers)
+        raise ValueError(f"{parameterization} with alpha = {alpha:g} "
+                         f"has no infinite-width limit; use alpha >= {least:g}")
+    size_f, size_v, size_u, size_p = (
+        float(width / base_width) ** power for power in powers)
     p = x * x * size_p
 
     exact = partial(torch.as_tensor, dtype=torch.float64)
-    lr, decay, seed = torch.broadcast_tensors(exact(lr), exact(weight_decay), torch.as_tensor(seed))
+    lr, decay, seed = torch.broadcast_tensors(
+        exact(lr), exact(weight_decay), torch.as_tensor(seed))
     seeds, of_seed = seed.unique(return_inverse=True)
     drawn = torch.stack([draw(width, s, steps) for s in seeds.tolist()], dim=-1)
     overlap, u2, v2, *noise = drawn[:, of_seed]     # (...) each
@@ -85,14 +94,16 @@ def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0, base_width
     ntk = chi.clone()
     chi[0] = (x * size_f * overlap if f0 is None else exact(f0)) - y
     ntk[0] = x * x * (size_v * v2 + base_width * size_u * u2)
-    for step in range(steps):       # χ is the state: f, rounded, would rest at an unstable y
+    # χ is the state: f, rounded, would rest at an unstable y
+    for step in range(steps):
         error, kernel = chi[step], ntk[step]
         now = lr if schedule is None else lr * schedule(step)
         a = 1 - now * decay
         g = now * (error - label_noise * noise[step] if label_noise else error)
         square, pg = a * a, p * g
         pgf = pg * (error + y)
-        chi[step + 1] = square * error - (1 - square) * y + g * (pgf - a * kernel)
+        chi[step + 1] = (square * error - (1 - square) * y
+                         + g * (pgf - a * kernel))      # f' - y
         ntk[step + 1] = (square + pg * g) * kernel - 4 * a * pgf
 
     loss = chi.square() / 2
@@ -104,11 +115,12 @@ def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0, base_width
 
 @lru_cache(maxsize=512)     # the only cost that grows with width
 def draw(width, seed, steps):
-    """(3 + steps,): uᵀv / √n, ‖u‖² / n, ‖v‖² / n of u, v ~ N(0, I); every step's N(0, 1)."""
+    """(3 + steps,): uᵀv / √n, ‖u‖² / n, ‖v‖² / n of u, v ~ N(0, I);
+    every step's N(0, 1).
+    """
     generator = torch.Generator().manual_seed(seed)
-
     normal = partial(torch.randn, generator=generator, dtype=torch.float64)
-    if width == math.inf:
+    if width == math.inf:       # uᵀv / √n ~ N(0, 1); both norms are 1
         return torch.cat([normal(1), torch.ones(2, dtype=torch.float64), normal(steps)])
     u, v = normal(width), normal(width)
     start = torch.stack([u @ v / math.sqrt(width), u @ u / width, v @ v / width])
@@ -129,21 +141,25 @@ def t_quantile(freedom, level=0.95):
 
 
 def fit_exponent(widths, logs, step=0.0):
-    """(slope, [low, high]) of logs (S, W), of S seeds, against log width; 95 % interval.
+    """(slope, [low, high]) of logs (S, W), of S seeds, against log width;
+    95 % interval.
 
     Least squares on the means over seeds: slope = Σ w mean has variance
-    (s²/S + step²/12) Σ w². s²: variance over seeds, pooled within widths; step:
-    spacing of the logs' grid; W (S - 1) degrees of freedom. nan where there is none.
+    (s²/S + step²/12) Σ w². s²: variance over seeds, pooled within widths;
+    step: spacing of the logs' grid; W (S - 1) degrees of freedom. nan where
+    there is none.
     """
     seeds, count = logs.shape
     slope, none = math.nan, [math.nan, math.nan]
     if count < 2:
         return slope, none
+
     centred = np.log(widths) - np.log(widths).mean()
     weights = centred / (centred ** 2).sum()
     slope = float(weights @ logs.mean(0))
     if seeds < 2:
         return slope, none
+
     variance = logs.var(0, ddof=1).mean() / seeds + step ** 2 / 12
     error = math.sqrt(variance * (weights ** 2).sum())
     half = t_quantile(count * (seeds - 1)) * error
@@ -165,23 +181,27 @@ def ntk_exponent(parameterization, alpha=0.0):
 
 
 def bracket(width, steps, seeds, label_noise, warmup):
-    """Logs (S,) of the largest stable LR below the first unstable one, and (S,) of that one.
+    """Logs (S,) of the largest stable LR below the first unstable one,
+    and (S,) of that one.
 
-    nan beyond LRS. Only divergence is unstable: a late catapult raises the loss for a while.
+    nan beyond LRS. Only divergence is unstable: a late catapult raises the loss
+    for a while.
     """
     def schedule(step):
         return min(1.0, (step + 1) / max(1, warmup))
 
     lrs = torch.tensor(LRS, dtype=torch.float64)[:, None]
-    path = linear_net(width, lrs, steps, "sp", torch.arange(seeds), schedule=schedule,
-                      label_noise=label_noise)
-    first = (path.diverged_at < 0).int().cumprod(0).sum(0).numpy()      # stable LRs below it
+    path = linear_net(width, lrs, steps, "sp", torch.arange(seeds),
+                      schedule=schedule, label_noise=label_noise)
+    # how many LRs are stable below the first unstable one
+    first = (path.diverged_at < 0).int().cumprod(0).sum(0).numpy()      # (S,)
     padded = np.array([math.nan, *np.log(LRS), math.nan])
     return padded[first], padded[first + 1]
 
 
 def stability_edge(widths, steps, seeds, label_noise, warmup, exponent):
-    """Largest stable LR of SP against width, after warmup * m^exponent steps of linear warmup.
+    """Largest stable LR of SP against width,
+    after warmup * m^exponent steps of linear warmup.
 
     With noise, χ grows as soon as lr λ > 2 and λ falls while the LR rises: the
     LR's growth per step stays bounded. Without noise χ is too small by then,
@@ -192,16 +212,20 @@ def stability_edge(widths, steps, seeds, label_noise, warmup, exponent):
     for width in widths:
         longest = round(warmup * (width / BASE_WIDTH) ** exponent)
         if longest > steps:
-            flags.append(f"width {width}: {longest} warmup steps, but {steps} steps in all")
+            flags.append(f"width {width}: {longest} warmup steps, "
+                         f"but {steps} steps in all")
         brackets.append(bracket(width, steps, seeds, label_noise, longest))
         if np.isnan(brackets[-1]).any():
-            flags.append(f"width {width}: no edge from LR {LRS[0]:.3g} to {LRS[-1]:.3g}, "
+            flags.append(f"width {width}: no edge "
+                         f"from LR {LRS[0]:.3g} to {LRS[-1]:.3g}, "
                          "left out of the fit")
+
     stable, unstable = np.array(brackets).transpose(1, 2, 0)    # (S, W) each
     middle = (stable + unstable) / 2
     found = np.isfinite(middle).all(0)
     step = math.log(LRS[1] / LRS[0])
     slope, interval = fit_exponent(np.array(widths)[found], middle[:, found], step)
+
     if math.isnan(slope):
         flags.append("fewer than two widths: no exponent")
     elif seeds < 2:
@@ -223,7 +247,9 @@ def with_exponent(entry, widths, values, predicted):
 
 
 def distances(widths, parameterization, seeds=32, lr=0.1):
-    """Entries of |f - its infinite-width limit from the same initial f| (from 0 for mup)."""
+    """Entries of |f - its infinite-width limit from the same initial f|
+    (from 0 for mup).
+    """
     every, paths = torch.arange(seeds), []
     for width in widths:
         f = linear_net(width, lr, max(TIMES), parameterization, every).f
@@ -242,7 +268,8 @@ def one_step(widths, parameterization, alpha, seeds=32, lr=0.5):
         decreases.append((after - before).abs())
     change = ntk_exponent(parameterization, alpha)
     predicted = max(change, 2 * change)     # f² where f diverges
-    return with_exponent({"param": parameterization, "alpha": alpha}, widths, decreases, predicted)
+    return with_exponent({"param": parameterization, "alpha": alpha}, widths,
+                         decreases, predicted)
 
 
 def measure(widths, steps, seeds, label_noise):
@@ -289,19 +316,23 @@ def parse(arguments):
     add("--widths", type=int, nargs="+", default=[4 ** k for k in range(3, 11)],
         help="default 4^3 to 4^10")
     add("--steps", type=int, default=5000, help="at the stability edge; default 5000")
-    add("--seeds", type=int, default=4, help="at the stability edge, 32 elsewhere; default 4")
+    add("--seeds", type=int, default=4,
+        help="at the stability edge, 32 elsewhere; default 4")
     add("--label-noise", type=float, default=0.01,
         help="standard deviation, at the stability edge; default 0.01")
     add("--out", type=Path, default=Path("out/linear_net"), help="default out/linear_net")
     args = parser.parse_args(arguments)
+
     for width in args.widths:
         if not 1 <= width <= 2 ** 26:       # u and v are drawn: 1 GB
             parser.error(f"--widths {width}: choose from 1 to 2^26")
-    if args.steps < 1 or args.seeds < 1 or args.steps * args.seeds > 10 ** 6:       # 4 GB
-        parser.error(f"--steps {args.steps} --seeds {args.seeds}: choose from 1 up, "
-                     "with a product of at most 10^6")
+    if (args.steps < 1 or args.seeds < 1
+            or args.steps * args.seeds > 10 ** 6):      # 4 GB
+        parser.error(f"--steps {args.steps} --seeds {args.seeds}: "
+                     "choose from 1 up, with a product of at most 10^6")
     if not 0 <= args.label_noise < math.inf:
-        parser.error(f"--label-noise {args.label_noise}: choose a finite number from 0 up")
+        parser.error(f"--label-noise {args.label_noise}: "
+                     "choose a finite number from 0 up")
     return parser, args
 
 

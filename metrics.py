@@ -66,14 +66,16 @@ def updates(model, reference, x):
         ours, theirs = ([tuple(tensor.shape) for tensor in side] for side in sides)
         if ours != theirs:
             raise ValueError(
-                f"module {name!r} has [weight, inputs] of shapes {ours} in the model "
-                f"but {theirs} in the reference: pass a copy of the same architecture and width")
+                f"module {name!r} has [weight, inputs] of shapes {ours} "
+                f"in the model but {theirs} in the reference: "
+                "pass a copy of the same architecture and width")
         (w, xt), (w0, x0) = sides
         dw, dx, propagating = w - w0, None, None
         if xt.is_floating_point():
             dx = xt - x0
             propagating = _multiply(w0, dx)
         layers[name] = Layer(w0, dw, xt, dx, _multiply(dw, xt), propagating)
+
     left_out = ", ".join(_left_out(model, layers))
     if left_out:
         message = f"not measured, as never called or of an unknown kind: {left_out}"
@@ -94,7 +96,8 @@ def capture(model, x):
         if weight is not None:
             weights[name] = weight
             given, *_ = *args, *kwargs.values()
-            row = _rows(module, weight, given).clone()  # what follows may work in place
+            # what follows may work in place
+            row = _rows(module, weight, given).clone()
             rows.setdefault(name, []).append(row)
 
     with ExitStack() as hooks, _undisturbed(model) as forward, torch.no_grad():
@@ -106,7 +109,8 @@ def capture(model, x):
 
 
 def _weight(module):
-    """What multiplies _rows(module, ...); None if the output, bias aside, is not that.
+    """What multiplies _rows(module, ...);
+    None if the output, bias aside, is not that.
 
     The class's forward tells the kind: a subclass may compute something else.
     Your own class goes here and, if its input is no plain vector, into _rows.
@@ -129,15 +133,17 @@ def _weight(module):
 
 
 def _is_rms_norm(module):
-    """Whether it is weight * x / rms(x): Llama's, Qwen's, T5's; Gemma's has 1 + weight.
+    """Whether it is weight * x / rms(x): Llama's, Qwen's, T5's;
+    Gemma's has 1 + weight.
 
     Asks a copy with other gains and inputs, as a model's state may hide it.
     """
     named = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
     if not named or [tensor.ndim for tensor in module.parameters(recurse=False)] != [1]:
         return False
-    if len(inspect.signature(module.forward).parameters) > 1:  # a gate, a residual
-        return False
+    if len(inspect.signature(module.forward).parameters) > 1:
+        return False  # a gate, a residual
+
     twin = copy.deepcopy(module).float()
     gains = torch.linspace(1, 2, len(twin.weight), device=twin.weight.device)
     x = 3 * gains - 4  # of both signs, mean not zero
@@ -162,8 +168,9 @@ def _rows(module, weight, x):
     x = _wide(x)
     if isinstance(module, nn.Conv2d):
         padding = 0 if module.padding == "valid" else module.padding
-        patches = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
-        return patches.transpose(1, 2).flatten(0, 1)  # from (B, C_in kh kw, patches)
+        patches = F.unfold(x, module.kernel_size, module.dilation,
+                           padding, module.stride)  # (B, C_in kh kw, patches)
+        return patches.transpose(1, 2).flatten(0, 1)
     if isinstance(module, nn.LayerNorm):
         x = F.layer_norm(x, module.normalized_shape, eps=module.eps)
     elif weight.ndim == 1:
@@ -180,9 +187,11 @@ def _multiply(weight, rows):
 
 def _left_out(model, layers):
     for name, module in model.named_modules():
-        # What a parametrization owns (spectral_norm's) is measured as its module's weight.
+        # What a parametrization owns (spectral_norm's)
+        # is measured as its module's weight.
         owner = f".{name}".partition(".parametrizations.")[0][1:]
-        if owner not in layers and next(module.parameters(recurse=False), None) is not None:
+        if (owner not in layers
+                and next(module.parameters(recurse=False), None) is not None):
             yield f"{name or 'the model itself'} ({type(module).__name__})"
 
 
@@ -196,7 +205,9 @@ def _eager(model):  # compiled code skips later hooks and has no second derivati
 
 @contextmanager
 def _undisturbed(model):
-    """x -> model(x) in evaluation mode on copies of the buffers; restores modes, RNG."""
+    """x -> model(x) in evaluation mode on copies of the buffers;
+    restores modes, RNG.
+    """
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
@@ -229,7 +240,8 @@ def refined_coordinate_check(model, reference, x, layers=None):
 
 
 def alignment(model, reference, x, layers=None, reference_norms=None):
-    """{module name: {"rms_update", "operator_update", "operator_propagating"}}, at most 1:
+    """{module name: {"rms_update", "operator_update", "operator_propagating"}},
+    at most 1:
 
         |dW x_t| / (|dW|_F |x_t|),  |dW x_t| / (|dW|_op |x_t|),  |W_0 dx| / (|W_0|_op |dx|)
 
@@ -278,7 +290,8 @@ def layer_statistics(model, reference, x, layers=None):
 
 
 def logit_statistics(logits, targets, loss_fn):
-    """{"rms", "margin", "chi"} of logits (..., K) at class indices (...), sample means.
+    """{"rms", "margin", "chi"} of logits (..., K) at class indices (...),
+    sample means.
 
     margin: true logit minus the largest other. chi: rms over classes.
     loss_fn(logits, targets) is the mean of loss_i.
@@ -288,10 +301,15 @@ def logit_statistics(logits, targets, loss_fn):
     with torch.enable_grad():
         chi, = torch.autograd.grad(loss_fn(logits, targets), logits)
     chi = chi * targets.numel()  # undoes the mean's 1/N
+
     logits, index = logits.detach(), targets.unsqueeze(-1)
     others = logits.scatter(-1, index, -math.inf).amax(dim=-1)
     margin = logits.gather(-1, index).squeeze(-1) - others
-    return {"rms": _rms(logits), "margin": margin.mean().item(), "chi": _rms(chi)}
+    return {
+        "rms": _rms(logits),
+        "margin": margin.mean().item(),
+        "chi": _rms(chi),
+    }
 
 
 def _check_classes(logits, targets):
@@ -316,7 +334,8 @@ def _mean_ratio(numerator, denominator):
 # ---- largest eigenvalues: operator norm and sharpness ----
 
 def operator_norm(weight, tolerance=1e-3, max_steps=300):
-    """Largest singular value of a matrix, to 1e-3 relative or better; never a full SVD.
+    """Largest singular value of a matrix, to 1e-3 relative or better;
+    never a full SVD.
 
     Block Lanczos on the smaller of W^T W, W W^T until the residual is below
     `tolerance` relative. Deterministic. A vector stands for a diagonal matrix
@@ -327,6 +346,7 @@ def operator_norm(weight, tolerance=1e-3, max_steps=300):
     scale = weight.abs().max()
     if weight.ndim < 2:
         return scale.item()
+
     matrix = weight.flatten(1)
     if matrix.shape[0] < matrix.shape[1]:
         matrix = matrix.T  # (larger, smaller)
@@ -336,13 +356,15 @@ def operator_norm(weight, tolerance=1e-3, max_steps=300):
     def gram(rows):  # (b, smaller)
         return (rows @ matrix.T / unit) @ matrix / unit
 
-    # Two vectors: one may all but miss the top direction (1 of 2000 dense spectra).
+    # Two vectors: one may all but miss the top direction
+    # (1 of 2000 dense spectra).
     square = _top_eigenvalue(gram, matrix.shape[1], scale, tolerance, max_steps, block=2)
     return scale.item() * math.sqrt(max(square, 0.0))
 
 
 def sharpness(model, loss_fn, x, y, preconditioner=None, tolerance=1e-4, max_steps=200):
-    """Largest (most positive) Hessian eigenvalue of the scalar loss_fn(model(x), y).
+    """Largest (most positive) Hessian eigenvalue of the scalar
+    loss_fn(model(x), y).
 
     Over the trainable parameters. With `preconditioner` P > 0, {name: tensor}
     or a list in their order, that of P^-1/2 H P^-1/2; for Adam
@@ -363,9 +385,11 @@ def sharpness(model, loss_fn, x, y, preconditioner=None, tolerance=1e-4, max_ste
         loss = loss_fn(forward(x), y)
         if loss.ndim != 0:
             raise ValueError(
-                f"loss_fn must return a scalar, not shape {tuple(loss.shape)}: take its mean, say")
+                f"loss_fn must return a scalar, not shape {tuple(loss.shape)}: "
+                "take its mean, say")
         flat = gradient(loss, create_graph=True)
-    scale = 1.0 if preconditioner is None else _inverse_root(preconditioner, parameters)
+    scale = (1.0 if preconditioner is None
+             else _inverse_root(preconditioner, parameters))
     if not flat.requires_grad:  # the loss is linear in the parameters
         return 0.0
 
@@ -382,8 +406,8 @@ def _inverse_root(preconditioner, parameters):
     for name, parameter in parameters.items():
         entry, shape = preconditioner.get(name), parameter.shape
         if entry is None or entry.shape != shape or not (entry > 0).all():
-            raise ValueError(f"preconditioner of {name!r} must be a positive tensor "
-                             f"of shape {tuple(shape)}")
+            raise ValueError(f"preconditioner of {name!r} must be "
+                             f"a positive tensor of shape {tuple(shape)}")
     return _flatten(preconditioner[name].detach() for name in parameters).rsqrt()
 
 
@@ -392,7 +416,8 @@ def _flatten(tensors):
 
 
 def _top_eigenvalue(multiply, n, like, tolerance, max_steps, block):
-    """Largest eigenvalue of a symmetric map A on R^n, multiply(rows (b, n)) -> (b, n).
+    """Largest eigenvalue of a symmetric map A on R^n,
+    multiply(rows (b, n)) -> (b, n).
 
     Block Lanczos, reorthogonalised: V (k, n), of orthonormal rows, grows by A
     times its newest block. The top eigenvalue of T = V A V^T, eigenvector s, is
@@ -414,24 +439,29 @@ def _top_eigenvalue(multiply, n, like, tolerance, max_steps, block):
         v, image = basis[:size], multiply(new)  # (size, n), (b, n)
         t[newest, :size] = image @ v.T
         largest = torch.maximum(largest, image.norm())
-        # Where A maps V into itself, noise of rounding's size gives a fresh direction.
+        # Where A maps V into itself,
+        # noise of rounding's size gives a fresh direction.
         fresh = 8 * eps / math.sqrt(n) * largest * noise(len(new), n)
         outside = image - t[newest, :size] @ v + fresh
         new, t[newest, size:size + len(new)] = _orthonormal(outside)
+
         if size % 4 == 0 or size == limit:
             corner = t[:size, :size + len(new)].cpu().double()
             if not corner.isfinite().all():
                 return math.nan
-            values, vectors = torch.linalg.eigh(corner[:, :size])  # of T's lower triangle
+            # of T: eigh reads the lower triangle
+            values, vectors = torch.linalg.eigh(corner[:, :size])
             value = values[-1].item()
             residual = (vectors[newest, -1] @ corner[newest, size:]).norm().item()
             floor = 16 * eps * values.abs().max().item()
             if size == n or residual <= max(tolerance * abs(value), floor):
                 return value
             if size == limit:
-                message = f"eigenvalue {value:.3g} has residual {residual:.1g}: raise {max_steps=}"
+                message = (f"eigenvalue {value:.3g} has residual {residual:.1g}: "
+                           f"raise {max_steps=}")
                 warnings.warn(message, stacklevel=3)
                 return value
+
         # Once more, since rounding left some of V in it.
         new = _orthonormal(new - new @ v.T @ v)[0][:limit - size]
 
@@ -461,7 +491,8 @@ def expected_calibration_error(logits, targets, bins=15):
 
 
 def fit_exponent(widths, values):
-    """(slope, intercept) of least squares on natural logs: exp(intercept) * widths**slope.
+    """(slope, intercept) of least squares on natural logs:
+    exp(intercept) * widths**slope.
 
     values (W,), or (S, W) for S seeds: the line is fitted to their mean log.
     ValueError for values not finite and positive, or fewer than two distinct
@@ -473,19 +504,22 @@ def fit_exponent(widths, values):
 
 
 def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=False):
-    """Interval (low, high) of fit_exponent's slope, for values (S, W) of S seeds.
+    """Interval (low, high) of fit_exponent's slope,
+    for values (S, W) of S seeds.
 
-    Student's t on the slope's variance, sum_w c_w^2 (s_w^2 / S + log(resolution_w)^2 / 12),
-    c its weights. s_w^2: variance at a width, of residuals from the means of
-    width and seed, so that what a seed does at every width alike counts for
-    nothing; degrees of freedom by Welch and Satterthwaite, as widths may not be
-    equally noisy. equal_noise: one variance for all widths, (S-1) (W-1)
-    degrees, narrower where seeds are few. One seed: residuals from the line,
-    W-2. (nan, nan) where no degree is left and the values are exact.
-    resolution: factor between neighbours of the values' grid, a number or (W,).
+    Student's t on the slope's variance,
+    sum_w c_w^2 (s_w^2 / S + log(resolution_w)^2 / 12), c its weights. s_w^2:
+    variance at a width, of residuals from the means of width and seed, so that
+    what a seed does at every width alike counts for nothing; degrees of freedom
+    by Welch and Satterthwaite, as widths may not be equally noisy. equal_noise:
+    one variance for all widths, (S-1) (W-1) degrees, narrower where seeds are
+    few. One seed: residuals from the line, W-2. (nan, nan) where no degree is
+    left and the values are exact. resolution: factor between neighbours of the
+    values' grid, a number or (W,).
     """
     log_n, logs = _logs(widths, values)
-    weights, (seeds, count), mean = _slope_weights(log_n), logs.shape, logs.mean(dim=0)
+    weights, (seeds, count), mean = (
+        _slope_weights(log_n), logs.shape, logs.mean(dim=0))
     slope = (weights @ mean).item()
     if seeds == 1:
         most = count - 2
@@ -494,16 +528,19 @@ def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=Fa
     else:
         most = (seeds - 1) * (count - 1)
         residuals = logs - mean - logs.mean(dim=1, keepdim=True) + logs.mean()
+        # each width has its share of the (S-1) (W-1) degrees
         squares = residuals.square().sum(dim=0) / ((seeds - 1) * (1 - 1 / count))
     if equal_noise:
         squares = squares.mean().expand(count)
+
     noise = weights.square() * squares / seeds
     step = torch.as_tensor(resolution, dtype=torch.float64).log()
     variance = (noise + weights.square() * step.square() / 12).sum().item()
     if most < 1 and variance == 0:
         return math.nan, math.nan
+
     freedom = most if most > 0 else math.inf
-    if seeds > 1 and not equal_noise and noise.any():
+    if seeds > 1 and not equal_noise and noise.any():  # Welch and Satterthwaite
         ratio = noise.sum().square() / noise.square().sum()
         freedom = min(most, (seeds - 1) * ratio.item())
     half = t_quantile((1 + level) / 2, freedom) * math.sqrt(variance)
@@ -512,7 +549,9 @@ def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=Fa
 
 @cache
 def t_quantile(probability, freedom):
-    """Quantile of Student's t above the median, integrated over atan(t / sqrt(freedom))."""
+    """Quantile of Student's t above the median,
+    integrated over atan(t / sqrt(freedom)).
+    """
     if math.isinf(freedom):
         return NormalDist().inv_cdf(probability)
     step = math.pi / 40_000
@@ -521,6 +560,7 @@ def t_quantile(probability, freedom):
     mass = torch.cat([density.new_zeros(1), torch.cumulative_trapezoid(density)])
     wanted = (2 * probability - 1) * mass[-1]
     at = torch.searchsorted(mass, wanted)
+    # linear between the angles
     at = at - (mass[at] - wanted) / (mass[at] - mass[at - 1])
     return math.sqrt(freedom) * math.tan(step * at.item())
 
@@ -530,14 +570,17 @@ def _logs(widths, values):
     exact = partial(torch.as_tensor, dtype=torch.float64, device="cpu")
     widths, values = exact(widths), torch.atleast_2d(exact(values))
     if values.ndim != 2 or widths.shape != values.shape[1:] or len(values) == 0:
-        raise ValueError(f"widths {tuple(widths.shape)}, values {tuple(values.shape)}: "
+        raise ValueError(f"widths {tuple(widths.shape)}, "
+                         f"values {tuple(values.shape)}: "
                          "need (W,) and (W,) or (S, W)")
     for name, tensor in (("widths", widths), ("values", values)):
         bad = tensor[~(tensor.isfinite() & (tensor > 0))].tolist()
         if bad:
-            raise ValueError(f"{name} must be finite and positive, not {bad}: leave those out")
+            raise ValueError(f"{name} must be finite and positive, "
+                             f"not {bad}: leave those out")
     if len(widths.unique()) < 2:
-        raise ValueError(f"an exponent needs at least two distinct widths, not {widths.tolist()}")
+        raise ValueError("an exponent needs at least two distinct widths, "
+                         f"not {widths.tolist()}")
     return widths.log(), values.log()
 
 

@@ -7,8 +7,8 @@ Vankadara).
     c       LR = base LR * m^-(c + alpha)
     alpha   global exponent, for every tensor
     γ       Adam's ε = (ε at n0) * m^-γ
-    roles   input (only fan-out grows with width), hidden (both), output (only fan-in),
-            vector (biases, norm gains)
+    roles   input (only fan-out grows with width), hidden (both),
+            output (only fan-in), vector (biases, norm gains)
 
 No multipliers in the forward pass. By abc symmetry, a multiplier n^-a with std
 n^-b and LR n^-c trains alike under a+θ, b-θ, c-2θ (SGD) or c-θ (Adam with ε
@@ -63,7 +63,8 @@ PARAMETERIZATIONS = {
 OPTIMIZERS = ("sgd", "adam")
 TRAINABLE = {"all": ROLES, "readout": ("output",)}
 
-# Of dloss/dlogits: is it bounded, and does it vanish where softmax saturates on a wrong class?
+# Of dloss/dlogits: is it bounded, and does it vanish where softmax saturates
+# on a wrong class?
 Loss = namedtuple("Loss", "bounded vanishes")
 LOSSES = {
     #                    (bounded, vanishes)
@@ -83,22 +84,26 @@ def _choose(kind, value, allowed):
 
 
 def exponents(parameterization, optimizer, alpha=0.0):
-    """{role: (b, c)} of the table above; alpha is added to every c. ValueError on an unknown name."""
-    row = PARAMETERIZATIONS[_choose("parameterization", parameterization, PARAMETERIZATIONS)]
+    """{role: (b, c)} of the table above; alpha is added to every c.
+
+    ValueError on an unknown name.
+    """
+    row = PARAMETERIZATIONS[
+        _choose("parameterization", parameterization, PARAMETERIZATIONS)]
     rates = row[_choose("optimizer", optimizer, OPTIMIZERS)]
     return {role: (b, c + alpha) for role, b, c in zip(ROLES, row["b"], rates)}
 
 
 # ---- predictions: exponents of m for the size of updates, features and logits ----
 
-def predict(parameterization, optimizer, loss, alpha=0.0, hidden_layers=3, trainable="all", step=1):
+def predict(parameterization, optimizer, loss, alpha=0.0,
+            hidden_layers=3, trainable="all", step=1):
     """Width exponents under full alignment, and the regime (Propositions 1 and 2).
 
     hidden_layers counts hidden activations, one more than hidden matrices.
     trainable: "all" or "readout" (random features). step 1 is the first update;
-    later, the backward signal also passes the readout's update. ValueError on unknown names. Returns an
-    object with
-
+    later, the backward signal also passes the readout's update. ValueError on
+    unknown names. Returns an object with
         .effective    [layer 1, ..., readout]   ΔW x; -inf where never updated
         .propagating  [layer 2, ..., readout]   W0 Δx
         .features     [hidden activation 1, ..., hidden_layers]   Δx
@@ -107,15 +112,15 @@ def predict(parameterization, optimizer, loss, alpha=0.0, hidden_layers=3, train
         .lower_bound  True at later steps of a catastrophic regime, where divergence feeds
                       back (mse, sp, alpha = 0: hidden updates n^1.98 at step 4, for n^1)
 
-    In a GPT normalizations hand on inputs of order one: growing features are
-    not catastrophic, and the readout's propagating exponent is at most 1 -
-    b_out.
+    In a GPT normalizations hand on inputs of order one: growing features are not
+    catastrophic, and the readout's propagating exponent is at most 1 - b_out.
     """
     e = exponents(parameterization, optimizer, alpha)
     bounded = LOSSES[_choose("loss", loss, LOSSES)].bounded
     trained = TRAINABLE[_choose("trainable", trainable, TRAINABLE)]
     if hidden_layers < 1:
-        raise ValueError(f"hidden_layers is {hidden_layers}; choose at least one hidden activation")
+        raise ValueError(
+            f"hidden_layers is {hidden_layers}; choose at least one hidden activation")
     b = {role: b for role, (b, _) in e.items()}
     c = {role: c if role in trained else math.inf for role, (_, c) in e.items()}
 
@@ -124,56 +129,66 @@ def predict(parameterization, optimizer, loss, alpha=0.0, hidden_layers=3, train
     if optimizer == "adam":
         backward = 0.0                          # divided away
 
-    # Proposition 2: a layer learns features at exponent 0. sp, SGD, alpha = 1/2: all but the first.
+    # Proposition 2: a layer learns features at exponent 0. sp, SGD, alpha = 1/2:
+    # all but the first.
     update_in = backward - c["input"]           # fixed fan-in
     update_hidden = 1 + backward - c["hidden"]  # n aligned terms
     update_out = 1 - c["output"]                # n aligned terms, dloss/dlogits of order one
     deeper = hidden_layers - 1
     effective = [update_in] + [update_hidden] * deeper + [update_out]
     features = [update_in] + [max(update_in, update_hidden)] * deeper
-    propagating = [0.5 - b["hidden"] + delta for delta in features[:-1]]    # sqrt(n) terms
-    propagating.append(1 - b["output"] + features[-1])      # W0, Δx aligned: n terms
+    propagating = [0.5 - b["hidden"] + delta for delta in features[:-1]]  # sqrt(n) terms
+    propagating.append(1 - b["output"] + features[-1])  # W0, Δx aligned: n terms
     logits = max(0.5 - b["output"], update_out, propagating[-1])
 
-    # Proposition 1, the regime: later steps have the larger exponents and decide. Diverging logits feed
-    # back through an unbounded derivative under SGD only: Adam divides its size away.
+    # Proposition 1, the regime: later steps have the larger exponents and decide.
+    # Diverging logits feed back through an unbounded derivative under SGD only:
+    # Adam divides its size away.
     feeds_back = logits > 0 and not bounded and optimizer == "sgd"
     if step <= 1:
-        later = predict(parameterization, optimizer, loss, alpha, hidden_layers, trainable, step=2)
+        later = predict(parameterization, optimizer, loss, alpha,
+                        hidden_layers, trainable, step=2)
         regime = later.regime
     elif features[-1] > 0 or feeds_back:
         regime = "catastrophic"
     else:
         regime = "controlled divergence" if logits > 0 else "stable"
     return SimpleNamespace(
-        effective=effective, propagating=propagating, features=features, logits=logits,
-        regime=regime, lower_bound=step > 1 and regime == "catastrophic")
+        effective=effective, propagating=propagating, features=features,
+        logits=logits, regime=regime, lower_bound=step > 1 and regime == "catastrophic")
 
 
 def max_stable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainable="all"):
-    """Smallest alpha whose regime is not catastrophic: the maximal stable LR falls as n^-alpha.
+    """Smallest alpha whose regime is not catastrophic:
+    the maximal stable LR falls as n^-alpha.
 
     Proposition 1: sp, SGD, deep: 1/2 under ce, 1 under mse (Adam: 1 under
     both). -inf: no bound (only the readout trains, ce); data that are not
     separable still set an edge.
     """
-    return _smallest_alpha(False, parameterization, optimizer, loss, hidden_layers, trainable)
+    return _smallest_alpha(
+        False, parameterization, optimizer, loss, hidden_layers, trainable)
 
 
-def max_trainable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainable="all"):
-    """Smallest alpha at which a network is stable and trains: differs under brier only.
+def max_trainable_alpha(parameterization, optimizer, loss,
+                        hidden_layers=3, trainable="all"):
+    """Smallest alpha at which a network is stable and trains:
+    differs under brier only.
 
     Where logits diverge, softmax saturates and wrong samples cease to pull
     (under Adam below its ε), though nothing blows up. sp, SGD, deep, brier: 1,
     not 1/2. Ours, not the paper's.
     """
-    return _smallest_alpha(True, parameterization, optimizer, loss, hidden_layers, trainable)
+    return _smallest_alpha(
+        True, parameterization, optimizer, loss, hidden_layers, trainable)
 
 
 def _smallest_alpha(trains, parameterization, optimizer, loss, hidden_layers, trainable):
-    """By bisection, as all exponents fall with alpha. -inf: it always holds, inf: never."""
+    """By bisection, as all exponents fall with alpha.
+    -inf: it always holds, inf: never."""
     def holds(alpha):
-        later = predict(parameterization, optimizer, loss, alpha, hidden_layers, trainable, step=2)
+        later = predict(parameterization, optimizer, loss, alpha,
+                        hidden_layers, trainable, step=2)
         saturated = trains and LOSSES[loss].vanishes and later.logits > 0
         return later.regime != "catastrophic" and not saturated
 
@@ -182,7 +197,8 @@ def _smallest_alpha(trains, parameterization, optimizer, loss, hidden_layers, tr
         return -math.inf
     if not holds(high):
         return math.inf
-    while high - low > 2 ** -40:        # dyadic throughout: half-integers come out exact
+    while high - low > 2 ** -40:
+        # Dyadic throughout: half-integers come out exact.
         middle = (low + high) / 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high
@@ -190,22 +206,25 @@ def _smallest_alpha(trains, parameterization, optimizer, loss, hidden_layers, tr
 
 # ---- roles and width ratios of any model, from shapes alone ----
 
-# m: ratio to the base width along the dimension that the role reads (input: fan-out, else
-# fan-in). base_std: standard deviation at the base width, with gain 1.
+# m: ratio to the base width along the dimension that the role reads (input:
+# fan-out, else fan-in). base_std: standard deviation at the base width, with
+# gain 1.
 Scaled = namedtuple("Scaled", "name tensor role m base_std owner")
 
-# The dimensions (fan-out, fan-in), by class name, so that no package need be imported.
+# The dimensions (fan-out, fan-in), by class name, so that no package need be
+# imported.
 _FAN_DIMS = {
     **dict.fromkeys(("Linear", "Conv1d", "Conv2d", "Conv3d"), (0, 1)),
-    **dict.fromkeys(("Embedding", "EmbeddingBag", "Conv1D"), (1, 0)),       # transformers' Conv1D
+    **dict.fromkeys(("Embedding", "EmbeddingBag", "Conv1D"), (1, 0)),  # transformers' Conv1D
     **dict.fromkeys(("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"), (1, 0))}
 
 # torch.nn.utils' hooks and parametrizations that replace a weight's scale.
 _RESCALING = {"WeightNorm", "_WeightNorm", "SpectralNorm", "_SpectralNorm", "_Orthogonal"}
 
 _NOTHING_SCALES = (
-    "NOTHING SCALES: model and base have the same shapes. Pass the same architecture at another "
-    "width as base, or, at the base width itself, roles as overrides")
+    "NOTHING SCALES: model and base have the same shapes. "
+    "Pass the same architecture at another width as base, "
+    "or, at the base width itself, roles as overrides")
 
 
 def _plain(name):
@@ -215,13 +234,15 @@ def _plain(name):
 
 def _fan_dims(owner):
     if getattr(owner, "transposed", False) and owner.groups > 1:
-        return None         # (in, out / groups): the fan-in, in / groups, is no dimension
+        # (in, out / groups): the fan-in, in / groups, is no dimension.
+        return None
     names = [cls.__name__ for cls in type(owner).__mro__]
     return next((_FAN_DIMS[name] for name in names if name in _FAN_DIMS), None)
 
 
 def _fan_in(tensor, owner):
-    """Summands behind one output, as in torch.nn.init, but 1 for tables: they pick a row."""
+    """Summands behind one output, as in torch.nn.init,
+    but 1 for tables: they pick a row."""
     if tensor.ndim <= 1 or isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         return 1
     fan_in = (_fan_dims(owner) or (0, 1))[1]
@@ -229,7 +250,8 @@ def _fan_in(tensor, owner):
 
 
 def _role_and_ratio(name, tensor, base_tensor, owner, role):
-    """(role, m) of one tensor; role None (no override) is read off the dimensions that scale."""
+    """(role, m) of one tensor;
+    role None (no override) is read off the dimensions that scale."""
     ratios = [n / n0 for n, n0 in zip(tensor.shape, base_tensor.shape)]
     scaling = [ratio for ratio in ratios if ratio != 1]
     dims = _fan_dims(owner)
@@ -240,17 +262,21 @@ def _role_and_ratio(name, tensor, base_tensor, owner, role):
             role = "hidden"
         elif dims is None:
             raise ValueError(
-                f"cannot tell fan-in from fan-out of {name} {tuple(tensor.shape)} in a "
-                f"{type(owner).__name__}; pass overrides={{{name!r}: 'input'}} "
+                "cannot tell fan-in from fan-out of "
+                f"{name} {tuple(tensor.shape)} in a {type(owner).__name__}; "
+                f"pass overrides={{{name!r}: 'input'}} "
                 "(or 'output', 'hidden', 'vector')")
         else:
             role = "input" if ratios[dims[0]] != 1 else "output"
+
     _choose(f"role of {name}:", role, ROLES)
-    largest = max(scaling, default=1.0, key=lambda ratio: abs(math.log(ratio)))
+    largest = max(scaling, default=1.0,
+                  key=lambda ratio: abs(math.log(ratio)))  # also where m < 1
     if tensor.ndim <= 1 or role == "vector":
         return role, largest
     fan_out, fan_in = dims or (0, 1)
     m = ratios[fan_out if role == "input" else fan_in]
+    # Of unknown layout, and fixed where it was read: the other dimension scales.
     return role, largest if dims is None and m == 1 else m
 
 
@@ -259,41 +285,52 @@ def _refuse_rescaled(name, owner):
     found = {type(part).__name__ for part in attached} & _RESCALING
     if found:
         raise ValueError(
-            f"{name}: {found.pop().lstrip('_')} replaces the scale that init_ draws; use torch.nn.utils' "
-            "remove_weight_norm or remove_spectral_norm, or parametrize.remove_parametrizations")
+            f"{name}: {found.pop().lstrip('_')} replaces the scale that init_ draws; "
+            "use torch.nn.utils' remove_weight_norm or remove_spectral_norm, "
+            "or parametrize.remove_parametrizations")
 
 
 def _scaled(model, base, overrides):
-    """[Scaled] for every parameter of model: the reading of shapes that all below share.
+    """[Scaled] for every parameter of model:
+    the reading of shapes that all below share.
 
     Warns the caller's caller if nothing scales and no roles are given.
     """
     roles = {_plain(name): role for name, role in (overrides or {}).items()}
-    base_tensors = {_plain(name): p for name, p in base.named_parameters(remove_duplicate=False)}
+    base_tensors = {_plain(name): p
+                    for name, p in base.named_parameters(remove_duplicate=False)}
     modules = dict(model.named_modules(remove_duplicate=False))
-    records = {}
+
+    records = {}        # by id: a tied tensor is one record
     for name, tensor in model.named_parameters(remove_duplicate=False):
         base_tensor = base_tensors.pop(_plain(name), None)
         if base_tensor is None or base_tensor.ndim != tensor.ndim:
-            raise ValueError(f"{name} {tuple(tensor.shape)} has no counterpart in base; pass the same "
-                             "architecture at another width (same depth, same names)")
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} has no counterpart in base; "
+                "pass the same architecture at another width (same depth, same names)")
         owner = modules[name.rpartition(".")[0]]
         _refuse_rescaled(name, owner)
-        role, m = _role_and_ratio(name, tensor, base_tensor, owner, roles.pop(_plain(name), None))
+        role, m = _role_and_ratio(
+            name, tensor, base_tensor, owner, roles.pop(_plain(name), None))
         record = Scaled(name, tensor, role, m, _fan_in(base_tensor, owner) ** -0.5, owner)
         first = records.setdefault(id(tensor), record)
         if first.role != role:
-            raise ValueError(f"{first.name} ({first.role}) and {name} ({role}) are one tied tensor; "
-                             "untie them (transformers: tie_word_embeddings=False)")
-    if roles or base_tensors:
-        raise ValueError(f"no parameter of the model is called {', '.join([*roles, *base_tensors])}")
+            raise ValueError(
+                f"{first.name} ({first.role}) and {name} ({role}) are one tied tensor; "
+                "untie them (transformers: tie_word_embeddings=False)")
+
+    if roles or base_tensors:       # what no parameter of the model has popped
+        raise ValueError(
+            "no parameter of the model is called "
+            f"{', '.join([*roles, *base_tensors])}")
     if all(r.m == 1 for r in records.values()) and not overrides:
         warnings.warn(_NOTHING_SCALES, stacklevel=3)
     return list(records.values())
 
 
 def infer_roles(model, base, overrides=None):
-    """{parameter name: role}, by shapes beside base's, the same architecture at another width.
+    """{parameter name: role}, by shapes beside base's,
+    the same architecture at another width.
 
     base may live on the meta device. Fan-in and fan-out are known for
     nn.Linear, nn.Conv*, one-group nn.ConvTranspose*, nn.Embedding(Bag) and
@@ -312,7 +349,8 @@ def infer_roles(model, base, overrides=None):
 # ---- initial weights and learning rates ----
 
 def _init_stds(records, parameterization, gain, std):
-    """Standard deviation of each record at the model's width; arguments as in init_."""
+    """Standard deviation of each record at the model's width;
+    arguments as in init_."""
     std = {_plain(key): value for key, value in (std or {}).items()}
     for key in std:
         _choose("name or role in std:", key, (*ROLES, *(_plain(r.name) for r in records)))
@@ -323,9 +361,10 @@ def _init_stds(records, parameterization, gain, std):
     return stds
 
 
-def init_(model, base, parameterization, generator=None, zero_readout=False, gain=2 ** 0.5,
-          std=None, overrides=None):
-    """Draws every weight of model in place, N(0, std²), and returns model. Twice is as once.
+def init_(model, base, parameterization, generator=None, zero_readout=False,
+          gain=2 ** 0.5, std=None, overrides=None):
+    """Draws every weight of model in place, N(0, std²), and returns model.
+    Twice is as once.
 
     std = m^-b * gain / sqrt(base fan-in); gain sqrt(2) is He's for ReLU, an
     embedding has fan-in 1. std={name or role: value at the base width} replaces
@@ -354,7 +393,8 @@ def init_(model, base, parameterization, generator=None, zero_readout=False, gai
 
 
 def own_stds(base):
-    """{name: RMS} of the weights that base was built with; constant ones are left out."""
+    """{name: RMS} of the weights that base was built with;
+    constant ones are left out."""
     weights = {_plain(name): w.detach() for name, w in base.named_parameters()}
     return {name: w.square().mean().sqrt().item() for name, w in weights.items()
             if (w != w.flatten()[0]).any()}
@@ -374,9 +414,10 @@ def rescale_(model, base, parameterization, overrides=None):
     return model
 
 
-def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0, weight_decay=0.0, eps=1e-8,
-                 role_lr=None, overrides=None):
-    """Parameter groups for torch.optim, one per role and width ratio. Plain numbers, no tags.
+def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0,
+                 weight_decay=0.0, eps=1e-8, role_lr=None, overrides=None):
+    """Parameter groups for torch.optim, one per role and width ratio.
+    Plain numbers, no tags.
 
     lr, weight_decay and eps are the values at the base width. Each group has
     params, names, role, lr and base_lr (equal), weight_decay (lr * weight_decay
@@ -395,22 +436,26 @@ def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0, weight
     if alpha != 0 and len(ratios) > 1:
         raise ValueError(f"alpha needs one width ratio, but tensors scale by {ratios}; "
                          "widen every dimension together or use alpha=0")
+
     e, groups = exponents(parameterization, optimizer), {}
     gamma = dict(zip(ROLES, PARAMETERIZATIONS[parameterization]["adam_eps"]))
     for r in records:
-        width_factor = r.m ** -e[r.role][1] * ratios[0] ** -alpha
+        width_factor = r.m ** -e[r.role][1] * ratios[0] ** -alpha   # m^-(c + alpha)
         group_lr = lr * width_factor * role_lr.get(r.role, 1.0)
         group = groups.setdefault((r.role, r.m), {
             "params": [], "names": [], "role": r.role, "lr": group_lr, "base_lr": group_lr,
-            "weight_decay": weight_decay / width_factor, "eps": eps * r.m ** -gamma[r.role]})
+            "weight_decay": weight_decay / width_factor,
+            "eps": eps * r.m ** -gamma[r.role]})
         group["params"].append(r.tensor)
         group["names"].append(r.name)
     return list(groups.values())
 
 
-def plan(model, base, parameterization, optimizer, lr, alpha=0.0, weight_decay=0.0, eps=1e-8,
-         role_lr=None, gain=2 ** 0.5, overrides=None, std=None):
-    """A table of every tensor to read before training; arguments as in init_ and param_groups.
+def plan(model, base, parameterization, optimizer, lr, alpha=0.0,
+         weight_decay=0.0, eps=1e-8, role_lr=None,
+         gain=2 ** 0.5, overrides=None, std=None):
+    """A table of every tensor to read before training;
+    arguments as in init_ and param_groups.
 
     Says so below its heading when nothing scales.
     """
@@ -418,8 +463,10 @@ def plan(model, base, parameterization, optimizer, lr, alpha=0.0, weight_decay=0
         warnings.simplefilter("always")
         records = _scaled(model, base, overrides)
         groups = param_groups(
-            model, base, parameterization, optimizer, lr, alpha, weight_decay, eps, role_lr, overrides)
+            model, base, parameterization, optimizer, lr, alpha,
+            weight_decay, eps, role_lr, overrides)
     group_of = {name: group for group in groups for name in group["names"]}
+
     rows = [("tensor", "shape", "role", "m", "init std", "lr", "weight decay", "eps")]
     for r, size in zip(records, _init_stds(records, parameterization, gain, std)):
         group = group_of[r.name]
@@ -428,6 +475,7 @@ def plan(model, base, parameterization, optimizer, lr, alpha=0.0, weight_decay=0
             f"{size:.4g}" if r.tensor.ndim > 1 else "-",
             f"{group['lr']:.4g}", f"{group['weight_decay']:.4g}",
             f"{group['eps']:.3g}" if optimizer == "adam" else "-"))
+
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [f"{parameterization}, {optimizer}, lr {lr:g}, alpha {alpha:g}"]
     if any(str(warning.message) == _NOTHING_SCALES for warning in caught):

@@ -1,4 +1,5 @@
-"""Many runs as one: networks of one shape, each with its own weights and learning rates.
+"""Many runs as one: networks of one shape,
+each with its own weights and learning rates.
 
 Small kernels leave a machine idle. Here R small runs are one stack: weights
 (R, *shape), batches (R, B, ...), one batched product per layer, a learning rate
@@ -17,10 +18,10 @@ to rounding.
     logits = network.forward(runs["weights"], x)            # (R, B, C)
 
 Replicas that diverged leave by `drop_`. A bias-free MLP has a backward pass
-written out (`mlp_network`), with plain SGD fused into its products: W <- W - lr
-δᵀh. Needs torch only; can be copied alone. Out of scope: dropout and BatchNorm,
-which need state; CUDA graphs (`advance` waits for no value, but x, y, factor
-and step would have to be tensors that stay).
+written out (`mlp_network`), with plain SGD fused into its products:
+W <- W - lr δᵀh. Needs torch only; can be copied alone. Out of scope: dropout
+and BatchNorm, which need state; CUDA graphs (`advance` waits for no value, but
+x, y, factor and step would have to be tensors that stay).
 """
 import math
 from collections import namedtuple
@@ -31,7 +32,9 @@ import torch
 from torch.func import functional_call, vmap
 
 
-# ---- losses: logits (..., C), targets (...) -> loss per sample (...), derivative χ (..., C) ----
+# ---- losses ----
+
+# logits (..., C), targets (...) -> loss per sample (...), derivative χ (..., C)
 
 def _error(outputs, targets, target=1.0):
     """outputs (..., C) minus `target` times one-hot."""
@@ -64,15 +67,16 @@ def brier(logits, targets):
 
 
 def huber(logits, targets, delta=1.0):
-    """Of the errors e: e²/2 within delta, delta (|e| - delta/2) beyond; mean
-    over classes (torch's huber_loss)."""
+    """Of the errors e: e²/2 within delta, delta (|e| - delta/2) beyond;
+    mean over classes (torch's huber_loss)."""
     error = _error(logits, targets)
     inner = error.clamp(-delta, delta)
     return (inner * (error - inner / 2)).mean(-1), inner / logits.shape[-1]
 
 
 def hinge(logits, targets, power=1):
-    """Sum over wrong classes j of max(0, 1 - z_y + z_j)^power, over C (torch's multi_margin_loss)."""
+    """Sum over wrong classes j of max(0, 1 - z_y + z_j)^power, over C
+    (torch's multi_margin_loss)."""
     index, classes = targets.unsqueeze(-1), logits.shape[-1]
     short = (1 - logits.gather(-1, index) + logits).clamp(min=0).scatter(-1, index, 0.0)
     chi = (short > 0).to(logits.dtype) if power == 1 else 2 * short
@@ -83,7 +87,7 @@ def hinge(logits, targets, power=1):
 squared_hinge = partial(hinge, power=2)
 
 
-# ---- and the loss of the best constant logits, from the class frequencies p (C,) ----
+# ---- the loss of the best constant logits, from class frequencies p (C,) ----
 
 def _entropy(p, smoothing=0.0):
     p = (1 - smoothing) * p + smoothing / len(p)
@@ -96,9 +100,11 @@ def _variance(p):
 
 def _smooth_constant(function, p, **options):
     """Minimizes a smooth convex loss by L-BFGS over the constant logits z."""
-    z, classes = torch.zeros_like(p).requires_grad_(), torch.arange(len(p), device=p.device)
+    z, classes = (torch.zeros_like(p).requires_grad_(),
+                  torch.arange(len(p), device=p.device))
     solver = torch.optim.LBFGS(
-        [z], max_iter=500, tolerance_grad=1e-10, tolerance_change=0.0, line_search_fn="strong_wolfe")
+        [z], max_iter=500, tolerance_grad=1e-10, tolerance_change=0.0,
+        line_search_fn="strong_wolfe")
 
     def expected():
         losses, chi = function(z.detach().expand(len(p), -1), classes, **options)
@@ -110,13 +116,16 @@ def _smooth_constant(function, p, **options):
 
 
 def _hinge_constant(p):
-    """The hinge's linear program has a whole-numbered solution, of larger logits for
-    more frequent classes: from 0, raise the best number of them by one while it helps."""
+    """The hinge's linear program has a whole-numbered solution, of larger logits
+    for more frequent classes: from 0, raise the best number of them by one
+    while it helps."""
     p = p.sort(descending=True).values
-    raises, classes = torch.ones(len(p), len(p)).tril().to(p), torch.arange(len(p), device=p.device)
+    raises, classes = (torch.ones(len(p), len(p)).tril().to(p),
+                       torch.arange(len(p), device=p.device))
     z, lowest = torch.zeros_like(p), math.inf
     while True:
-        costs = torch.stack([p @ hinge((z + raised).expand(len(p), -1), classes)[0] for raised in raises])
+        costs = torch.stack([p @ hinge((z + raised).expand(len(p), -1), classes)[0]
+                             for raised in raises])
         if costs.min().item() >= lowest - 1e-12:
             return lowest
         lowest, z = costs.min().item(), z + raises[costs.argmin()]
@@ -135,12 +144,15 @@ LOSSES = {
 }
 
 
-# ---- the stack: {"weights": [(R, *shape)], "lr": [(R, 1, ...)], ...}, an entry per tensor ----
+# ---- the stack ----
+
+# {"weights": [(R, *shape)], "lr": [(R, 1, ...)], ...}, an entry per tensor
 
 SCRATCH = ("grads", "calls")        # steps make it anew where it is missing
 
 
-def make(model, initial, lr, weight_decay=0.0, eps=1e-8, moments=0, device="cpu", dtype=torch.float32):
+def make(model, initial, lr, weight_decay=0.0, eps=1e-8, moments=0,
+         device="cpu", dtype=torch.float32):
     """The stack of R = len(initial) replicas of a model.
 
     initial: an iterable of R lists of weights, in the order of
@@ -151,6 +163,7 @@ def make(model, initial, lr, weight_decay=0.0, eps=1e-8, moments=0, device="cpu"
     parameters, kind = dict(model.named_parameters()), {"dtype": dtype, "device": device}
     count = len(lr) if isinstance(lr, (list, tuple)) else len(initial)
     stack = {"weights": [torch.empty(count, *p.shape, **kind) for p in parameters.values()]}
+
     initial = iter(initial)
     with torch.no_grad():
         for r in range(count):
@@ -158,12 +171,15 @@ def make(model, initial, lr, weight_decay=0.0, eps=1e-8, moments=0, device="cpu"
             for i, weights in enumerate(stack["weights"]):
                 weights[r].copy_(weights[source] if isinstance(source, int) else source[i])
             del source          # before the next one is drawn
+
     for key, values in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
         values = values if isinstance(values, (list, tuple)) else [values] * count
         stack[key] = []
         for name, p in parameters.items():
-            column = [value[name] if isinstance(value, dict) else value for value in values]
+            column = [value[name] if isinstance(value, dict) else value
+                      for value in values]      # (R,)
             stack[key].append(torch.tensor(column, **kind).view(-1, *[1] * p.ndim))
+
     for moment in ("first", "second")[:moments]:
         stack[moment] = [torch.zeros_like(weights) for weights in stack["weights"]]
     return stack
@@ -175,7 +191,8 @@ def state(stack):
 
 
 def drop_(stack, stays):
-    """Keeps the replicas where stays (R,); tensor after tensor, never the whole stack twice."""
+    """Keeps the replicas where stays (R,);
+    tensor after tensor, never the whole stack twice."""
     if stays.all():
         return
     for key in SCRATCH:
@@ -188,19 +205,22 @@ def drop_(stack, stays):
 # ---- networks: a stack's logits and gradients ----
 
 # forward(weights, x) -> logits (R, B, ..., C)
-# gradients(weights, x, y, out) -> gradients [(R, *shape)] of mean losses, loss per sample
-#     (R, B, ...), logits; out: a list that keeps the gradients, and their memory for the next
-# descend(weights, x, y, lr) -> loss, logits: gradients and plain SGD's update in one, or None
+# gradients(weights, x, y, out) -> gradients [(R, *shape)] of mean losses,
+#     loss per sample (R, B, ...), logits;
+#     out: a list that keeps the gradients, and their memory for the next
+# descend(weights, x, y, lr) -> loss, logits:
+#     gradients and plain SGD's update in one, or None
 Network = namedtuple("Network", "forward gradients descend", defaults=(None,))
 
 
 def module_network(model, loss, alone=False):
-    """Any module: autograd through vmap. alone: a single replica runs without
-    it, which keeps fast attention."""
+    """Any module: autograd through vmap.
+    alone: a single replica runs without it, which keeps fast attention."""
     names = [name for name, _ in model.named_parameters()]
+    # every place of every parameter, several where tied
     slots = [(i, module._parameters, key) for i, w in enumerate(model.parameters())
-             for module in model.modules() for key, p in module._parameters.items()
-             if p is w]             # several where tied
+             for module in model.modules()
+             for key, p in module._parameters.items() if p is w]
 
     def single(weights, x):         # functional_call costs a tenth of a small model's step
         own = [owner[key] for _, owner, key in slots]
@@ -216,8 +236,10 @@ def module_network(model, loss, alone=False):
         if alone and len(weights[0]) == 1:
             logits = single(weights, x)
         else:
-            logits = vmap(lambda w, x: functional_call(model, dict(zip(names, w)), x))(tuple(weights), x)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))  # no loss in bfloat16
+            logits = vmap(lambda w, x: functional_call(model, dict(zip(names, w)), x))(
+                tuple(weights), x)
+        # no loss in bfloat16
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def gradients(weights, x, y, out=None):
         with torch.enable_grad():
@@ -233,7 +255,8 @@ def module_network(model, loss, alone=False):
 
 def mlp_network(loss, relu=True):
     """Bias-free MLP: the textbook forward and backward pass."""
-    def outputs(weights, x):        # [x, hidden activations ..., logits], each (R, B, width)
+    def outputs(weights, x):
+        # [x, hidden activations ..., logits], each (R, B, width)
         found = [x]
         for w in weights:
             found.append(torch.bmm(found[-1], w.mT))
@@ -245,14 +268,15 @@ def mlp_network(loss, relu=True):
         return outputs(weights, x)[-1]
 
     def backward(weights, x, y, use):
-        """Calls use(layer, δ, h) from the readout down; it may change δ and the layer's W."""
+        """Calls use(layer, δ, h) from the readout down;
+        it may change δ and the layer's W."""
         *inputs, logits = outputs(weights, x)
         losses, delta = loss(logits, y)
         delta.div_(y[0].numel())
         for l in reversed(range(len(weights))):
             below = torch.bmm(delta, weights[l]) if l > 0 else None
             use(l, delta, inputs[l])
-            if relu and l > 0:
+            if relu and l > 0:      # δ where h > 0, else 0
                 below = torch.ops.aten.threshold_backward.default(below, inputs[l], 0)
             delta = below
         return losses, logits
@@ -292,25 +316,32 @@ class Rule(NamedTuple):
         return 2 if self.optimizer == "adam" else int(self.momentum > 0)
 
 
-def advance(stack, x, y, network, rule, step=0, factor=1.0, parts=1, accuracy=False, average=None):
-    """One optimizer step of every replica on x (R, B, ...), y (R, B, ...), in place; from step 0.
+def advance(stack, x, y, network, rule, step=0, factor=1.0, parts=1,
+            accuracy=False, average=None):
+    """One optimizer step of every replica on x (R, B, ...), y (R, B, ...),
+    in place; from step 0.
 
     Returns means over the batch before the step: [loss (R,)], with accuracy
     [loss, accuracy]. factor: of every LR (a schedule). parts: parts of the
-    batch (gradient accumulation). average(tensors): averages over processes, in
-    place.
+    batch (gradient accumulation). average(tensors): averages over processes,
+    in place.
     """
     if network.descend and rule.plain and parts == 1 and average is None:
         lr = stack["lr"] if factor == 1 else [factor * lr for lr in stack["lr"]]
         return _means(*network.descend(stack["weights"], x, y, lr), y, accuracy)
+
     grads, seen = None, []
     for x_part, y_part in zip(x.chunk(parts, 1), y.chunk(parts, 1)):
-        out = stack.setdefault("grads", [None] * len(stack["weights"])) if grads is None else None
+        # the first part's gradients go where those of the last step were
+        out = (stack.setdefault("grads", [None] * len(stack["weights"]))
+               if grads is None else None)
         added, losses, logits = network.gradients(stack["weights"], x_part, y_part, out)
         grads = added if grads is None else [a.add_(b) for a, b in zip(grads, added)]
         seen.append(_means(losses, logits, y_part, accuracy))
         del added, losses, logits           # before those of the next part are there
-    means = seen[0] if parts == 1 else [torch.stack(values).mean(0) for values in zip(*seen)]
+
+    means = (seen[0] if parts == 1
+             else [torch.stack(values).mean(0) for values in zip(*seen)])
     if parts > 1:
         torch._foreach_div_(grads, parts)
     if average is not None:
@@ -335,9 +366,11 @@ def clip_(grads, largest):
 
 
 def update_(stack, grads, rule, factor, step):
-    """One step of torch.optim.SGD or AdamW on every replica, using up the gradients."""
+    """One step of torch.optim.SGD or AdamW on every replica,
+    using up the gradients."""
     if rule.optimizer == "adam":
-        return (fused_adamw_ if grads[0].is_cpu else foreach_adamw_)(stack, grads, rule, factor, step)
+        return (fused_adamw_ if grads[0].is_cpu else foreach_adamw_)(
+            stack, grads, rule, factor, step)
     if rule.decay:
         torch._foreach_addcmul_(grads, stack["weights"], stack["weight_decay"])
     if rule.momentum:
@@ -355,12 +388,14 @@ def fused_adamw_(stack, grads, rule, factor, step):
     count, grads = torch.tensor(step + 1.0), [g.contiguous().unbind() for g in grads]
     for (lr, decay, eps), members, w, m, v in stack["calls"]:
         torch._fused_adamw_(
-            w, [grads[i][r] for i, r in members], m, v, [], [count] * len(w), lr=factor * lr,
-            beta1=rule.beta1, beta2=rule.beta2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False)
+            w, [grads[i][r] for i, r in members], m, v, [], [count] * len(w),
+            lr=factor * lr, beta1=rule.beta1, beta2=rule.beta2,
+            weight_decay=decay, eps=eps, amsgrad=False, maximize=False)
 
 
 def _fused_calls(stack):
-    """[((lr, weight decay, ε), [(tensor, replica)] that share them, weights, moments 1, 2)]."""
+    """[((lr, weight decay, ε), [(tensor, replica)] that share them,
+    weights, moments 1, 2)]."""
     groups = {}
     for i, values in enumerate(zip(stack["lr"], stack["weight_decay"], stack["eps"])):
         for r, key in enumerate(zip(*(value.flatten().tolist() for value in values))):
@@ -371,16 +406,20 @@ def _fused_calls(stack):
 
 
 def foreach_adamw_(stack, grads, rule, factor, step):
-    """AdamW in a few calls however many replicas there are, each with its own LR."""
+    """AdamW in a few calls however many replicas there are,
+    each with its own LR."""
     w, m, v = stack["weights"], stack["first"], stack["second"]
     lrs = [factor * lr for lr in stack["lr"]]
     root = math.sqrt(1 - rule.beta2 ** (step + 1))
     torch._foreach_lerp_(m, grads, 1 - rule.beta1)
     torch._foreach_mul_(v, rule.beta2)
     torch._foreach_addcmul_(v, grads, grads, 1 - rule.beta2)
+
+    # W <- (1 - lr decay) W - lr size m / (√v + root ε): moments without their bias
     scale = torch._foreach_sqrt(v)
     torch._foreach_add_(scale, torch._foreach_mul(stack["eps"], root))
     if rule.decay:
-        torch._foreach_mul_(w, [1 - lr * decay for lr, decay in zip(lrs, stack["weight_decay"])])
+        torch._foreach_mul_(
+            w, [1 - lr * decay for lr, decay in zip(lrs, stack["weight_decay"])])
     size = root / (1 - rule.beta1 ** (step + 1))
     torch._foreach_addcmul_(w, torch._foreach_div(m, scale), [-lr * size for lr in lrs])

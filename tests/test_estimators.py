@@ -19,8 +19,8 @@ LOG_LR = KS * STEP
 COLUMNS = {int(k): i for i, k in enumerate(KS)}
 GRID = np.arange(-16, 7)                            # the range of a search, before it grows
 CHANCE = ("chance", 1.0)
-SEARCH = functools.partial(sweep.next_points, low=-16, high=6, search="coarse-to-fine", extensions=6,
-                           chance=9.0)
+SEARCH = functools.partial(sweep.next_points, grid=range(-16, 7), reach=range(-40, 31),
+                           search="coarse-to-fine", chance=9.0)
 
 
 def cell_on(losses, columns=slice(None)):

@@ -238,10 +238,14 @@ def test_predictions_know_whether_there_is_a_hidden_matrix(write, tmp_path):
     for spec, predicted in ((shallow, 0.0), (write(NET), -0.5)):
         out = tmp_path / str(predicted)
         ran = run_sweep("--model", spec, "--widths", 8, 16, "--lrs", 0.1, 0.2, "--seeds", 1, "--loss", "ce",
-                        "--out", out)
+                        "--track", 1, "--steps", 4, "--out", out)
         assert ran.returncode == 0, ran.stderr
-        row, = json.loads((out / "summary.json").read_text())["rows"]
+        summary = json.loads((out / "summary.json").read_text())
+        row, = summary["rows"]
         assert row["predicted_max_stable_exponent"] == predicted
+        first, *hidden, readout = [entry["predicted"] for entry in summary["updates"]
+                                   if (entry["kind"], entry["step"], entry["lr"]) == ("effective", 1, 0.1)]
+        assert (first, readout) == (-0.5, 1.0) and hidden == [0.5] * (predicted == -0.5)
         assert not any("the prediction takes" in flag for flag in row["flags"])
 
 
@@ -268,6 +272,10 @@ def test_a_plan_shows_every_tensor_at_every_width_and_trains_nothing(write, tmp_
     assert float(hidden["32"][4]) == pytest.approx(float(hidden["8"][4]) / 2, rel=1e-3)
     one = call(lambda: train.command_line(train.main), "train.py", "--width", 32, "--plan")
     assert one.returncode == 0 and "layers.0.weight" in one.stdout and "0.1414" in one.stdout
+    fixed = call(lambda: train.command_line(train.main), "train.py", "--trainable", "readout", "--plan")
+    lrs = {line.split()[0]: line.split()[5] for line in fixed.stdout.splitlines() if ".weight" in line}
+    assert lrs == {"layers.0.weight": "0", "layers.1.weight": "0", "layers.2.weight": "0",
+                   "layers.3.weight": "0.1"}
 
 
 # ---- stacks ----

@@ -62,10 +62,13 @@ def summary_of(out):
 DIVERGED = analyze.DIVERGED
 
 
-def search(kind, cell_at, low=-16, high=6, hint=None, extensions=sweep.EXTENSIONS, chance=math.inf):
+GRID, REACH = range(-16, 7), range(-40, 31)
+
+
+def search(kind, cell_at, grid=GRID, reach=REACH, hint=None, chance=math.inf):
     """{k: (loss, stable)} of every point that a search asked for; none may be asked for twice."""
     known = {}
-    while points := sweep.next_points(known, low, high, kind, extensions, hint, chance):
+    while points := sweep.next_points(known, grid, reach, kind, hint, chance):
         assert not points & known.keys()
         known.update((k, cell_at(k)) for k in points)
     return known
@@ -138,7 +141,7 @@ def test_on_any_landscape_a_search_ends_asks_for_nothing_twice_and_brackets_what
         hint = sorted(generator.integers(reach[0], reach[-1] + 1, 2).tolist())
         hint = tuple(hint) if generator.random() < 0.5 else None
         chance = generator.uniform(0, 9)
-        known = search(kind, landscape.get, low, high, hint, extensions, chance)
+        known = search(kind, landscape.get, range(low, high + 1), reach, hint, chance)
         assert known.keys() <= set(reach)
 
         ks, losses, stable = sweep.table_of(known)
@@ -174,8 +177,8 @@ def test_a_hint_far_above_the_edge_finds_down_under_a_criterion_relative_to_the_
         losses = {k: 2.3 + 0.01 * (k + 9) ** 2 if k <= -6 else 6 + generator.normal(0, 0.2) for k in ks}
         known, _ = sweep.follow(
             cell_on(losses, ks, 3.2), {k: i for i, k in enumerate(ks)}, ("best+1", 1.0),
-            lambda known: sweep.next_points(known, -16, 6, "coarse-to-fine", 4, (0, 1), 3.2))
-        assert sweep.optimum_and_edge(known)[:2] == (-9, -6)
+            lambda known: sweep.next_points(known, GRID, range(-32, 23), "coarse-to-fine", (0, 1), 3.2))
+        assert sweep.optimum_and_edge(known) == (-9, -6)
         assert not known[-5][1]
 
 
@@ -188,7 +191,7 @@ def test_the_search_ends_with_the_same_points_wherever_it_was_cut_and_whatever_e
             ks = sorted(done)
             known, points = sweep.follow(
                 cell_on(landscape, ks, 9.0), {k: i for i, k in enumerate(ks)}, ("best+1", 1.0),
-                lambda known: sweep.next_points(known, -16, 6, kind, sweep.EXTENSIONS))
+                lambda known: sweep.next_points(known, GRID, REACH, kind))
             missing = sorted(points - done)
             if not missing:
                 return set(known)
@@ -211,11 +214,11 @@ def test_a_grid_grows_where_the_optimum_lies_outside(kind):
     for optimum in (-30, 14):
         known = search(kind, lambda k: (abs(k - optimum) + 0.1, k < optimum + 3))
         assert found(known) == (optimum, optimum + 2)
-    assert len(search(kind, lambda k: (-k, True), -4, 4)) < 100         # no bound at all: it ends
+    assert len(search(kind, lambda k: (-k, True), range(-4, 5), range(-28, 29))) < 100   # it ends
     known = search(kind, lambda k: (abs(k - 3.3), True))
     assert found(known)[0] == 3         # refined although nothing is unstable
     nothing = {k: (DIVERGED, False) for k in range(-100, 100)}
-    assert not sweep.next_points(nothing, -16, 6, kind, sweep.EXTENSIONS)
+    assert not sweep.next_points(nothing, GRID, REACH, kind)
 
 
 def test_every_seeds_edge_is_bracketed_between_neighbouring_points():
@@ -227,7 +230,7 @@ def test_every_seeds_edge_is_bracketed_between_neighbouring_points():
 
     known = search("coarse-to-fine", cell_at)
     assert {-3, -2, 1, 2, 4, 5} <= known.keys()
-    assert sweep.optimum_and_edge(known)[:2] == (-6, -3)        # the first seed's to lose stability
+    assert sweep.optimum_and_edge(known) == (-6, -3)        # the first seed's to lose stability
 
 
 # ---- the search of all widths ----
@@ -466,9 +469,9 @@ def test_every_preset_parses_builds_and_says_what_its_table_says(preset, scale):
             assert {curve[i] for curve in curves} >= set(values)
 
     for curve, width in itertools.product(curves, args["widths"]):
-        lr_of, low, high, _ = sweep.lattice(args, curve)
-        assert low <= high and lr_of[low] <= lr_of[high]
-        runs = sweep.runs_of(given, curve, width, lr_of[low], args["seeds"])
+        grid, lr_of = sweep.lattice(args, curve)
+        assert len(grid) and lr_of[grid[0]] <= lr_of[grid[-1]]
+        runs = sweep.runs_of(given, curve, width, lr_of[grid[0]], args["seeds"])
         assert sum(sweep.stacks(runs), []) == runs
 
 
