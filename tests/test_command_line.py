@@ -187,14 +187,17 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(script, flags, words, tmp_
     assert not list(tmp_path.rglob("*.*"))
 
 
-@pytest.mark.parametrize("script, flags", [
-    ("sweep.py", "--lr-step nan"), ("train.py", "--lr nan"), ("analyze.py", "nowhere"),
-    ("plots.py", "--figure nan"), ("linear_net.py", "--widths nan")])
-def test_scripts_end_the_same_way_from_a_shell(script, flags, tmp_path):
-    call = [sys.executable, HERE / script, *flags.split()]
-    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout, done.stderr
-    assert done.stderr.startswith(f"{script}: ") and not list(tmp_path.iterdir())
+def test_scripts_end_the_same_way_from_a_shell(tmp_path):
+    flags = {"sweep.py": "--lr-step nan", "train.py": "--lr nan", "analyze.py": "nowhere",
+             "plots.py": "--figure nan", "linear_net.py": "--widths nan"}
+    started = {script: subprocess.Popen([sys.executable, HERE / script, *words.split()], cwd=tmp_path,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for script, words in flags.items()}
+    for script, process in started.items():
+        out, err = process.communicate()
+        assert process.returncode == 2 and len(err.splitlines()) == 1 and not out, (script, err)
+        assert err.startswith(f"{script}: ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_head_that_does_not_divide_the_default_width_is_no_error():

@@ -197,8 +197,8 @@ assert sweep.PAPER_GPT["batch_size"] // sweep.PAPER_GPT["accumulate"] == 32
 
 
 @pytest.mark.parametrize("settings", [
-    dict(PAPER_GPT, width=4096, optimizer="adam"), dict(PAPER_GPT, width=1024),
-    dict(PAPER_GPT, width=1024, optimizer="adam", dtype="float32"),
+    dict(PAPER_GPT, width=4096, optimizer="adam"), dict(PAPER_GPT, width=1024, layers=2),
+    dict(PAPER_GPT, width=1024, layers=2, optimizer="adam", dtype="float32"),
     *(dict(width=width, hidden_layers=7, **settings) for width in (256, 4096) for settings in (
         dict(), dict(optimizer="adam"), dict(momentum=0.9))),
     dict(width=1024, bias=True), dict(width=1024, clip=1.0)], ids=lambda settings: "-".join(
