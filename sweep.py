@@ -1,15 +1,12 @@
-"""Sweeps the learning rate over widths, and fits how the optimal and the \
-largest stable one scale.
+"""Sweeps the learning rate over widths, and fits how its optimum and its edge scale.
 
-    python sweep.py
-        # the headline on generated data: CE n^-1/2 against MSE n^-1
-    python sweep.py --preset optimal_lr
-        # Fashion-MNIST, 8-layer MLP (arXiv 2505.22491, Fig. 1 and 5)
+    python sweep.py                         # the headline: CE n^-1/2 against MSE n^-1
+    python sweep.py --preset optimal_lr     # Fashion-MNIST, 8-layer MLP (Fig. 1 and 5)
     python sweep.py --widths 64 256 1024 --param sp mup --optimizer adam --lr-range 1e-5 1
 
 One row per run goes to <out>/runs.jsonl as soon as its stack is done; what is
 there is not run again, so a killed sweep, started again, goes on. analyze.py
-needs nothing but those rows.
+needs nothing but those rows. Figures and propositions: arXiv 2505.22491.
 
     curve     one (loss, param, optimizer, alpha, ...); on it width, LR and seed vary
     lattice   LRs are step^k for whole k, so that grids of all widths, also
@@ -68,7 +65,7 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
         PAPER),
     "optimal_lr": (
         "CE against MSE on Fashion-MNIST (paper: MNIST), 8-layer MLP (Fig. 1)",
-        dict(data="fashion_mnist", hidden_layers=7, steps=300, widths=[*WIDTHS[1:], 2048],
+        dict(data="fashion_mnist", hidden_layers=7, steps=240, widths=[*WIDTHS[1:], 2048],
              seeds=2, lr_range=[2 ** -9, 1.0], stable_if="accuracy"),
         dict(PAPER, data="mnist", widths=[*PAPER_WIDTHS, 8192, 16384],
              lr_range=[2 ** -12, 4.0])),
@@ -79,7 +76,7 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
         dict(PAPER, data="mnist", lr_range=None, stable_if="accuracy")),
     "losses": (
         "best accuracy of CE, MSE and Brier in three parameterizations (Fig. 7)",
-        dict(data="fashion_mnist", loss=["ce", "mse", "brier"], steps=600, seeds=2,
+        dict(data="fashion_mnist", loss=["ce", "mse", "brier"], seeds=2,
              param=["sp", "mup", "sp_full_align"], widths=[64, 256, 1024], base_width=64,
              stable_if="accuracy"),
         dict(PAPER, widths=[*PAPER_WIDTHS, 8192], base_width=256)),
@@ -105,7 +102,7 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
         dict(PAPER, widths=[*PAPER_WIDTHS, 8192], track=50)),
     "gpt": (
         "a GPT under SGD and Adam, with and without norm gains (Fig. 6)",
-        dict(GPT, widths=[32, 64, 128, 256], steps=450, curves=[
+        dict(GPT, widths=[32, 64, 128, 256], steps=450, batch_size=4, curves=[
             dict(optimizer="sgd"),
             dict(optimizer="adam"),
             dict(optimizer="adam", norm_affine=False),
@@ -119,7 +116,8 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
     "gpt_updates": (
         "update norms of every tensor of a GPT against width",
         dict(model="gpt", loss="ce", optimizer="adam", param=["sp", "mup", "sp_full_align"],
-             widths=[*WIDTHS[1:], 2048], lrs=[0.001], warmup=0, decay="none", steps=4, track=1),
+             widths=[*WIDTHS[2:], 2048, 4096], batch_size=2, lrs=[0.001], warmup=0,
+             decay="none", steps=4, track=1),
         dict(widths=PAPER_WIDTHS, base_width=256, layers=6, context=512, batch_size=64)),
 }
 COARSE = 4              # lattice steps between points of the coarse grid:
@@ -494,11 +492,10 @@ def progress_line(args, given, curves, rows):
     """report(width) -> a line on standard error: rewritten in place on a terminal,
     else one a minute.
 
-    The time left goes by what runs of each width took; a width without any costs
-    as its parameters do.
+    The time left goes by what runs of each width took, at a width without any by
+    those of the nearest one.
     """
     planned, before = planned_runs(args, given, curves), set(rows)
-    size = {width: replica_size(runs[0])[0] for width, runs in planned.items()}
     start = shown = time.monotonic()
 
     def report(width):
@@ -512,9 +509,9 @@ def progress_line(args, given, curves, rows):
                 for w in planned}
         missing = {w: max(0, len(planned[w]) - len(took[w])) for w in planned}
         for w, more in missing.items():
-            like = min((v for v in took if took[v]),
-                       key=lambda v: abs(math.log(v / w)))      # the nearest width
-            left += more * np.mean(took[like]) * size[w] / size[like]
+            near = min((v for v in took if took[v]), key=lambda v: abs(math.log(v / w)))
+            # measured: n while kernels are small, n^2 where products fill the machine
+            left += more * np.mean(took[near]) * (w / near) ** 1.5
             done += len(took[w])
         # from seconds of training to seconds of this clock
         new = [row["seconds"] for key, row in rows.items() if key not in before]
