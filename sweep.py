@@ -72,7 +72,7 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
     "lr_transfer": (
         "loss against LR in four parameterizations, full grid (Fig. 5)",
         dict(param=["sp", "ntp", "mup", "sp_full_align"], loss="ce", widths=WIDTHS[:4],
-             hidden_layers=4, search="grid", lr_range=[2 ** -5, 4.0]),
+             steps=1500, search="grid", lr_range=[2 ** -5, 4.0]),
         dict(PAPER, data="mnist", lr_range=None, stable_if="accuracy")),
     "losses": (
         "best accuracy of CE, MSE and Brier in three parameterizations (Fig. 7)",
