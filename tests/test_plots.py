@@ -514,15 +514,16 @@ def test_a_folder_without_a_sound_summary_is_refused(spoil, words, tmp_path):
 def test_the_script_draws_what_is_asked_and_names_what_it_cannot(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps(summary_of(sweep_row())))
 
-    def run(*arguments):
-        return subprocess.run([sys.executable, str(ROOT / "plots.py"), str(tmp_path), *arguments],
-                              capture_output=True, text=True)
-
-    files = [str(tmp_path / "figures" / f"exponents.{ending}") for ending in ("png", "pdf")]
-    assert run("exponents").stdout.split() == files
-    for figure, words in (("alignment", "cannot be drawn"), ("nonsense", "choose from")):
-        ended = run(figure)
-        assert ended.returncode == 2 and words in ended.stderr and len(ended.stderr.splitlines()) == 1
+    refused = {"alignment": "cannot be drawn", "nonsense": "choose from"}
+    started = {figure: subprocess.Popen([sys.executable, ROOT / "plots.py", tmp_path, figure],
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for figure in ("exponents", *refused)}
+    said = {figure: process.communicate() for figure, process in started.items()}
+    assert said["exponents"][0].split() == [
+        str(tmp_path / "figures" / f"exponents.{ending}") for ending in ("png", "pdf")]
+    for figure, words in refused.items():
+        out, err = said[figure]
+        assert started[figure].returncode == 2 and words in err and len(err.splitlines()) == 1
 
 
 def test_help_says_what_every_figure_shows():
