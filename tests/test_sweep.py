@@ -691,6 +691,13 @@ def check(out, rows, *flags):
     sweep.check_folder(out, rows, given, 0)
 
 
+def test_a_row_that_lacks_a_setting_is_refused_before_anything_runs(tmp_path):
+    row = train.configure(dict(width=8))
+    check(tmp_path, {"0": row})
+    with pytest.raises(train.InputError, match="clip = None, not 0.0; use another --out"):
+        check(tmp_path, {"0": {name: value for name, value in row.items() if name != "clip"}})
+
+
 @pytest.mark.parametrize("model, flags, words", [
     ("mlp", "--weight-decay 2", "weight_decay = 0.0, not 2.0"),
     ("gpt", "--weight-decay 2", "weight_decay = 0.0, not 2.0"),
