@@ -134,8 +134,8 @@ def load_data(name, root=None, device="cpu", dtype=torch.float32,
     else:
         x, y, x_val, y_val = (torch.from_numpy(np.array(part))
                               for part in _read_images(name, root))
-        x, y, x_val, y_val = (x.float(), y.long(),
-                              x_val[:val_size].float(), y_val[:val_size].long())
+        x, y = x.float(), y.long()
+        x_val, y_val = x_val[:val_size].float(), y_val[:val_size].long()
         mean, std = x.mean(), x.std()
         for images in (x, x_val):
             images.sub_(mean).div_(std)

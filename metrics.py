@@ -518,8 +518,8 @@ def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=Fa
     values' grid, a number or (W,).
     """
     log_n, logs = _logs(widths, values)
-    weights, (seeds, count), mean = (
-        _slope_weights(log_n), logs.shape, logs.mean(dim=0))
+    weights, mean = _slope_weights(log_n), logs.mean(dim=0)
+    seeds, count = logs.shape
     slope = (weights @ mean).item()
     if seeds == 1:
         most = count - 2

@@ -614,8 +614,8 @@ def shade_regimes(ax, regime):
     # A regime reaches up to the first α of the next.
     bounds = [alphas[0] - 0.08, *alphas[1:], alphas[-1] + 0.08]
     for name in dict.fromkeys(names):
-        low, high = (bounds[names.index(name)],
-                     bounds[len(names) - names[::-1].index(name)])
+        low = bounds[names.index(name)]
+        high = bounds[len(names) - names[::-1].index(name)]
         ax.axvspan(low, high, color=REGIMES[name], lw=0, zorder=0)
         ax.text((low + high) / 2, 1.01, name.replace(" ", "\n"),
                 transform=ax.get_xaxis_transform(),
@@ -736,8 +736,8 @@ def alignment(summary):
 def limit(summary):
     """softmax outputs' distance to the widest network's, and the features' change (Prop. 2)"""
     rows = tracked(summary, "limit")
-    rates, steps, layer = (
-        unique(rows, "lr"), summary["steps"], summary["hidden_layers"] - 1)
+    rates, steps = unique(rows, "lr"), summary["steps"]
+    layer = summary["hidden_layers"] - 1
     some(range(steps), least=21)
     changes = where(summary["updates"], step=steps, kind="features", layer=layer)
     ylabel = "distance of softmax outputs\nto the widest network's"

@@ -100,8 +100,8 @@ def _variance(p):
 
 def _smooth_constant(function, p, **options):
     """Minimizes a smooth convex loss by L-BFGS over the constant logits z."""
-    z, classes = (torch.zeros_like(p).requires_grad_(),
-                  torch.arange(len(p), device=p.device))
+    z = torch.zeros_like(p).requires_grad_()
+    classes = torch.arange(len(p), device=p.device)
     solver = torch.optim.LBFGS(
         [z], max_iter=500, tolerance_grad=1e-10, tolerance_change=0.0,
         line_search_fn="strong_wolfe")
@@ -120,8 +120,8 @@ def _hinge_constant(p):
     for more frequent classes: from 0, raise the best number of them by one
     while it helps."""
     p = p.sort(descending=True).values
-    raises, classes = (torch.ones(len(p), len(p)).tril().to(p),
-                       torch.arange(len(p), device=p.device))
+    raises = torch.ones(len(p), len(p)).tril().to(p)
+    classes = torch.arange(len(p), device=p.device)
     z, lowest = torch.zeros_like(p), math.inf
     while True:
         costs = torch.stack([p @ hinge((z + raised).expand(len(p), -1), classes)[0]

@@ -570,8 +570,8 @@ def team():
 @contextlib.contextmanager
 def precision(config, device):
     """How matrix products are rounded; torch's own setting comes back at the end."""
-    before, half = (torch.get_float32_matmul_precision(),
-                    config["dtype"] == "bfloat16")
+    before = torch.get_float32_matmul_precision()
+    half = config["dtype"] == "bfloat16"
     try:
         if config["dtype"] == "tf32":
             torch.set_float32_matmul_precision("high")
