@@ -261,15 +261,11 @@ def test_a_sweep_in_which_every_run_diverges_says_so_and_draws_the_others(tmp_pa
     assert "exponents.pdf" in both.stdout
 
 
-def test_where_one_of_two_seeds_diverges_at_every_lr_the_loss_is_unknown(tmp_path):
-    done = run_sweep(tmp_path, "--steps 60 --train-size 500 --val-size 100 --hidden-layers 4 --batch-size 16",
-                     "--widths 16 --base-width 16 --seeds 2 --lrs 3 4.2 --param mup --loss ce --no-plots")
-    diverged = [row["diverged_at"] is not None for row in analyze.read_rows(tmp_path).values()]
-    assert sorted(diverged) == [False, False, True, True]
-    row, = summary_of(tmp_path)["rows"]
-    assert row["best_train_loss"] == [None]
+def test_where_one_of_two_seeds_diverges_at_every_lr_the_loss_is_unknown():
+    row, = summary = analyze.summarize(rows_of([[None, 0.5], [0.5, None]], widths=[16]))
+    assert row["best_train_loss"] == row["optimal_lr"] == [None]
     assert any("width 16: at every LR at least one of 2 seeds diverged" in flag for flag in row["flags"])
-    assert re.search(r"ce +mup +sgd +16 +- +- ", done.stdout)           # optimal LR, loss there
+    assert re.search(r"ce +sp +sgd +16 +- +- ", analyze.table(summary))         # optimal LR, loss there
 
 
 def test_a_tracked_sweep_sets_measured_exponents_beside_predicted_ones(tmp_path):
@@ -345,14 +341,16 @@ def test_the_summary_of_a_sweep_is_written_again_from_its_rows_alone(swept, copi
 
 
 def test_another_criterion_of_stability_changes_the_edge_and_nothing_else(swept, copied):
-    done = run_script("analyze.py", copied, "--stable-if", "accuracy=0.5")
-    assert done.returncode == 0, done.stderr
-    assert summary_of(copied)["stable_if"] == "accuracy=0.5"
-    before, after = ({analyze.curve_of(row): row for row in summary_of(out)["rows"]}
-                     for out in (swept[0], copied))
-    for name in ("best_train_loss", "at_optimum", "chance_loss", "curves"):
-        assert [row[name] for row in before.values()] == [after[curve][name] for curve in before]
-    assert any(row["max_stable_lr"] != after[curve]["max_stable_lr"] for curve, row in before.items())
+    before = {analyze.curve_of(row): row for row in summary_of(swept[0])["rows"]}
+    for criterion, largest in (("accuracy=-1", 0.4), ("accuracy=1", None)):     # every run is stable, or none
+        done = run_script("analyze.py", copied, "--stable-if", criterion)
+        assert done.returncode == 0, done.stderr
+        assert summary_of(copied)["stable_if"] == criterion
+        after = {analyze.curve_of(row): row for row in summary_of(copied)["rows"]}
+        for name in ("best_train_loss", "at_optimum", "chance_loss", "curves"):
+            assert [row[name] for row in before.values()] == [after[curve][name] for curve in before]
+        for row in after.values():
+            assert row["max_stable_lr"] == [pytest.approx(largest) if largest else None] * 2
 
     chosen = contents(copied)
     assert run_script("analyze.py", copied).returncode == 0

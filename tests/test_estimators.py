@@ -109,49 +109,51 @@ SCENARIOS = {       # (kind, how, jitter, gap, shape, largest width of the inter
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_the_95_percent_intervals_cover_the_exponent_without_bias_and_are_no_wider_than_need_be(name):
+    """Of 600 repetitions the least coverage is 0.935, the largest bias 0.015 and the largest error 0.195, so
+    that 120 repetitions have at least 0.935 ± 0.023 and at most 0.015 ± 0.018."""
     kind, how, jitter, gap, shape, widths = SCENARIOS[name]
-    repetitions = 200 if how is gridded else 60             # a search takes longer to simulate
-    found = simulate(kind, how, jitter, gap, repetitions, **shape)
+    found = simulate(kind, how, jitter, gap, 120, **shape)
     for (coverage, width, bias, _), largest in zip(found.values(), widths):
-        assert coverage >= 0.95 - 2 * math.sqrt(0.95 * 0.05 / repetitions)
+        assert coverage >= 0.84
         assert width <= largest
-        assert abs(bias) <= 0.05
+        assert abs(bias) <= 0.09
 
 
 def test_the_edge_of_the_mean_in_place_of_every_seeds_is_biased_where_their_spread_changes_with_width():
-    _, _, bias, _ = simulate("max_stable", as_one, [0.6, 0.1], 1.5, 60)[4]
-    assert bias > 0.1
+    _, _, bias, _ = simulate("max_stable", as_one, [0.6, 0.1], 1.5, 120)[4]         # 0.19 ± 0.02
+    assert bias > 0.09
 
 
 def test_one_cliff_for_all_seeds_hides_their_spread():
     shape = dict(curvature=0.05, cliff=True)
-    assert simulate("optimal", as_one, [0.3], 0.0, 60, **shape)[4][0] < 0.85
+    assert simulate("optimal", as_one, [0.3], 0.0, 200, **shape)[5][0] < 0.88       # 0.74 ± 0.03, else 0.98
 
 
 def test_an_interval_that_knows_nothing_of_the_grids_step_covers_too_rarely(monkeypatch):
     plain = metrics.exponent_interval
     monkeypatch.setattr(metrics, "exponent_interval",
                         lambda *args, resolution, **kwargs: plain(*args, **kwargs))
-    assert simulate("max_stable", gridded, [0.02], 1.5, 60)[4][0] < 0.8
+    assert simulate("max_stable", gridded, [0.02], 1.5, 60)[4][0] < 0.6             # 0.28 ± 0.06, else 1
 
 
 def test_a_flat_optimum_needs_the_points_that_make_its_curvature_certain(monkeypatch):
     monkeypatch.setattr(analyze, "CERTAIN", 0.6)
     monkeypatch.setattr(analyze, "CURVED", 0.6)
-    coverage, _, bias, _ = simulate("optimal", searched, [0.3], 3.0, 40, curvature=0.003)[4]
-    assert coverage < 0.8
-    assert bias > 0.1               # towards where the narrower width was searched
+    coverage, _, bias, _ = simulate("optimal", searched, [0.3], 3.0, 160, curvature=0.003)[4]
+    assert coverage < 0.7           # 0.45 ± 0.04, else 0.96
+    # 0.24 ± 0.03 (else 0.01 ± 0.02), towards where the narrower width was searched
+    assert bias > 0.1
 
 
 def test_losses_without_curvature_give_an_interval_that_says_so(monkeypatch):
-    def flat():
-        return simulate("optimal", gridded, [0.3], 3.0, 40, curvature=0.0003)[4]
+    def width_of_interval():
+        return simulate("optimal", gridded, [0.3], 3.0, 40, curvature=0.0003)[4][:2]
 
-    coverage, width, _, _ = flat()
-    assert coverage >= 0.92 and width > 2
+    coverage, width = width_of_interval()
+    assert coverage >= 0.92 and width > 4.6                                         # 1.0, 6.2 ± 0.3
     plain = analyze.optimum
     monkeypatch.setattr(analyze, "optimum", lambda *cell: (plain(*cell)[0], STEP, False))
-    assert flat()[0] < coverage - 0.05
+    assert width_of_interval()[1] < 4.1                                             # 2.9 ± 0.2
 
 
 # ---- single cells ----
@@ -221,9 +223,9 @@ def test_losses_that_fall_ever_more_slowly_up_to_a_cliff_have_their_optimum_ther
     optimal, within, at_edge = analyze.optimum(LOG_LR, losses + noise, losses < 9)
     assert at_edge and optimal == pytest.approx([0] * 3) and within == pytest.approx(STEP)
     losses = np.where(LOG_LR > 0.1, analyze.DIVERGED, 1 - 0.01 * LOG_LR)[None].repeat(3, 0)
-    losses[:, KS == 0] -= 0.01
-    assert np.ptp(analyze.window(LOG_LR, losses + 10 * noise, losses[0] < 9)[:2]) > 2
-    assert analyze.optimum(LOG_LR, losses + 10 * noise, losses < 9)[1:] == (pytest.approx(STEP), True)
+    losses[:, KS == 0] -= 0.01          # so at all of three hundred shifts
+    assert np.ptp(analyze.window(LOG_LR, losses + 5 * noise, losses[0] < 9)[:2]) > 2
+    assert analyze.optimum(LOG_LR, losses + 5 * noise, losses < 9)[1:] == (pytest.approx(STEP), True)
 
 
 def test_the_window_of_an_optimum_never_reaches_across_a_cliff():
@@ -380,27 +382,33 @@ def test_a_search_finds_the_full_grids_optimum_and_edge_with_at_most_half_of_its
     assert runs <= 0.5 * cells * len(GRID)
 
 
-@pytest.mark.parametrize("curvature, lowest", [
-    (1.0, [-2, -1, 0]), (0.003, [-10, -2, -1]), (0.0, [-10, -2, -1])])
-def test_the_flatter_the_optimum_the_farther_below_it_is_searched_and_no_farther_than_that(curvature, lowest):
-    noise = np.random.default_rng(0).normal(0, 0.01, (3, len(KS)))
-    losses = 0.3 + curvature * LOG_LR ** 2 + noise
-    losses[:, KS > 6] = analyze.DIVERGED
-    search = functools.partial(SEARCH, hint=(0, 5))
-    known, _ = sweep.follow(cell_on(losses), COLUMNS, CHANCE, search)
-    assert sorted(known)[:3] == lowest and len(known) <= 10
-    best = sweep.optimum_and_edge(known)[0]
-    assert best - min(known) <= sweep.FARTHEST
+@pytest.mark.parametrize("curvature, low, high", [
+    (1.0, 1.5, 2.5),            # 2 at every seed
+    (0.01, 3.5, 8.0),           # 5.4 ± 0.4, means of 40 seeds
+    (0.003, 10.0, 15.0),        # 12.5 ± 0.5
+    (0.0, 15.3, 16.1),          # 15.9 ± 0.13
+])
+def test_the_flatter_the_optimum_the_farther_below_it_is_searched_and_no_farther_than_that(curvature, low, high):
+    search, depths = functools.partial(SEARCH, hint=(0, 5)), []
+    for seed in range(40):
+        losses = 0.3 + curvature * LOG_LR ** 2 + np.random.default_rng(seed).normal(0, 0.01, (3, len(KS)))
+        losses[:, KS > 6] = analyze.DIVERGED
+        known, _ = sweep.follow(cell_on(losses), COLUMNS, CHANCE, search)
+        depths.append(sweep.optimum_and_edge(known)[0] - min(known))
+    assert low < np.mean(depths) < high
+    assert max(depths) <= sweep.FARTHEST
 
 
 def test_a_flat_optimum_far_above_the_lowest_rate_asks_for_no_more_below():
-    losses = 0.3 + np.random.default_rng(10).normal(0, 0.01, (3, len(KS)))
-    losses[:, KS > 5] = analyze.DIVERGED
-    known, _ = sweep.follow(cell_on(losses), COLUMNS, CHANCE, SEARCH)
-    best = sweep.optimum_and_edge(known)[0]
-    assert best - sweep.FARTHEST > min(known)
-    assert (best - sweep.FARTHEST) % sweep.COARSE       # no point of the coarse grid
-    assert {k for k in known if k < best - sweep.COARSE} == {-16, -12, -8, -4}
+    far = 0
+    for seed in range(100):
+        losses = 0.3 + np.random.default_rng(seed).normal(0, 0.01, (3, len(KS)))
+        losses[:, KS > 5] = analyze.DIVERGED
+        known, _ = sweep.follow(cell_on(losses), COLUMNS, CHANCE, SEARCH)
+        if sweep.optimum_and_edge(known)[0] - sweep.FARTHEST > GRID[0]:
+            far += 1
+            assert min(known) == GRID[0]
+    assert far >= 12                # 32 ± 5
 
 
 # ---- the table ----

@@ -757,40 +757,42 @@ def test_values_without_an_exponent_are_refused_and_named(widths, values, messag
 @pytest.mark.parametrize("seeds, count", [(3, 5), (3, 3), (2, 5), (5, 4), (1, 5)])
 @pytest.mark.parametrize("equal_noise", [False, True])
 def test_exponent_interval_covers_the_exponent_about_as_often_as_it_says(seeds, count, equal_noise):
+    """Of 2000 repetitions 0.947 to 0.956 with one variance for all widths, 0.954 to 0.974 without: 500 of them have
+    a standard deviation of 0.010."""
     generator, covered = torch.Generator().manual_seed(0), 0
     widths = 64.0 * 2 ** torch.arange(count)
-    for _ in range(400):
+    for _ in range(500):
         noise = 0.3 * torch.randn(seeds, count, generator=generator)
         values = (noise - 0.5 * widths.log()).exp()
         low, high = metrics.exponent_interval(widths, values, equal_noise=equal_noise)
         covered += low <= -0.5 <= high
-    assert 0.92 <= covered / 400 <= 0.985
+    assert 0.905 <= covered / 500 <= (0.99 if equal_noise else 1.0)
 
 
 def coverage_of(scale, shared, **kwargs):
     """(coverage, mean width) for three seeds: noise of these scales (W,), and a common one of each seed."""
     generator, covered, sizes = torch.Generator().manual_seed(1), 0, []
     widths, scale = 64.0 * 2 ** torch.arange(len(scale)), torch.tensor(scale)
-    for _ in range(400):
+    for _ in range(800):
         effect = shared * torch.randn(3, 1, generator=generator)
         noise = scale * torch.randn(3, len(scale), generator=generator) + effect
         low, high = metrics.exponent_interval(widths, (noise - 0.5 * widths.log()).exp(), **kwargs)
         covered += low <= -0.5 <= high
         sizes.append(high - low)
-    return covered / 400, sum(sizes) / 400
+    return covered / 800, sum(sizes) / 800
 
 
 def test_widths_that_are_not_equally_noisy_are_covered_and_one_variance_for_all_would_not_do():
     scale = [0.5, 0.1, 0.1, 0.1, 0.5]
-    assert coverage_of(scale, 0.0)[0] >= 0.92
-    assert coverage_of(scale, 0.0, equal_noise=True)[0] < 0.9
+    assert coverage_of(scale, 0.0)[0] >= 0.91                           # 0.950 ± 0.008
+    assert coverage_of(scale, 0.0, equal_noise=True)[0] < 0.9           # 0.839 ± 0.013
 
 
 def test_what_a_seed_does_at_every_width_alike_does_not_widen_the_interval():
     for equal_noise in (False, True):
         alone = coverage_of([0.1] * 5, 0.0, equal_noise=equal_noise)
         beside = coverage_of([0.1] * 5, 1.0, equal_noise=equal_noise)
-        assert beside == pytest.approx(alone, rel=0.1) and beside[0] >= 0.92
+        assert beside == pytest.approx(alone, rel=0.1) and beside[0] >= 0.91
 
 
 def test_exponent_interval_without_spread_is_the_point_and_the_grids_resolution_widens_it():

@@ -493,7 +493,7 @@ def test_a_llama_trains_and_is_tracked_without_editing_its_class(write, tmp_path
     pytest.importorskip("transformers")
     spec, out = write(LLAMA), tmp_path / "out"
     flags = ["--model", spec, "--data", "stdlib", "--context", 8, "--base-width", 16, "--val-size", 8,
-             "--widths", 16, 32, 64, "--param", "sp", "mup", "--seeds", 1, "--lrs", 0.001, "--steps", 2,
+             "--widths", 16, 32, 64, "--param", "sp", "mup", "--seeds", 2, "--lrs", 0.001, "--steps", 2,
              "--warmup", 0, "--track", 1]
     ran = call(lambda: train.command_line(sweep.main), "sweep.py", *flags, "--out", out)
     assert ran.returncode == 0, ran.stderr
@@ -506,7 +506,8 @@ def test_a_llama_trains_and_is_tracked_without_editing_its_class(write, tmp_path
     for kind in ("gate_proj", "up_proj", "v_proj"):
         sp, mup = measured["sp", kind], measured["mup", kind]
         assert (sp[1], mup[1]) == (1.0, 0.0)
-        assert -0.3 < mup[0] < 0.15 and sp[0] > 0.6
+        # over forty seeds mup's lies at -0.25 ± 0.06 (one seed), sp's above it by one in every seed
+        assert abs(mup[0]) < 0.5 and sp[0] - mup[0] == pytest.approx(1, abs=0.05)
     assert "tensor_kinds" in [path.stem for path in (out / "figures").glob("*.png")]
 
 

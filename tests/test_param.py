@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -134,7 +135,8 @@ def test_mup_is_tensor_programs_v_written_out(optimizer, width):
     weights[-1] *= m
     theirs = plain_training([1.0, 1.0, 1.0, 1 / m], weights, lrs, 20, optimizer, [1e-30] * 4)
     torch.testing.assert_close(model(x).detach(), theirs, rtol=1e-9, atol=1e-9)
-    assert weights[-1].std().item() == pytest.approx(math.sqrt(2 / 16), rel=0.2)       # 24 or 192 draws
+    draws = weights[-1].numel()         # four standard deviations of so many draws' standard deviation
+    assert weights[-1].std().item() == pytest.approx(math.sqrt(2 / 16), rel=4 / math.sqrt(2 * draws))
 
 
 @pytest.mark.parametrize("optimizer", param.OPTIMIZERS)
@@ -419,26 +421,30 @@ def test_all_parameterizations_of_gpt_coincide_at_the_base_width_and_nowhere_els
 @pytest.mark.parametrize("parameterization, optimizer",
                          [("sp", "sgd"), ("sp", "adam"), ("mup", "sgd"), ("mup", "adam")])
 def test_first_step_exponents_of_gpt_are_the_predicted_ones(parameterization, optimizer):
-    """Of all matrices. The readout is small, so that initial logits of order one bend nothing."""
-    widths, effective = (64, 128, 256, 512), {}
+    """Of all matrices. The readout is small, so that initial logits of order one bend nothing. A width n is
+    averaged over 1024 / n seeds: over 24 seeds the errors are then at most 0.04 ± 0.05, a bound of 0.25 is four
+    standard deviations away, and the neighbouring exponent, 0.5 off, four more."""
+    widths, logs = (64, 128, 256, 512), {}
     lr, std = {"sgd": 0.1, "adam": 1e-5}[optimizer], {"input": 1.0, "output": 0.05 / 8}
     roles, tokens = ROLES_OF_GPT, some_tokens(8, 17) % 8                # a third of the tokens occur
     for width in widths:
-        model, base = models.GPT(23, width, 2, 16), models.GPT(23, 64, 2, 16)
-        param.init_(model, base, parameterization, seeded(0), gain=1.0, std=std, overrides=roles)
-        groups = param.param_groups(model, base, parameterization, optimizer, lr, eps=1e-20, overrides=roles)
-        reference = copy.deepcopy(model)
-        cross_entropy_of_tokens(model, tokens).backward()
-        OPTIMIZERS[optimizer](groups).step()
-        for name, row in metrics.refined_coordinate_check(model, reference, tokens[:, :-1]).items():
-            effective.setdefault(name, []).append(row["effective"])
+        for seed in range(1024 // width):
+            model, base = models.GPT(23, width, 2, 16), models.GPT(23, 64, 2, 16)
+            param.init_(model, base, parameterization, seeded(seed), gain=1.0, std=std, overrides=roles)
+            groups = param.param_groups(model, base, parameterization, optimizer, lr, eps=1e-20, overrides=roles)
+            reference = copy.deepcopy(model)
+            cross_entropy_of_tokens(model, tokens).backward()
+            OPTIMIZERS[optimizer](groups).step()
+            for name, row in metrics.refined_coordinate_check(model, reference, tokens[:, :-1]).items():
+                logs.setdefault(name, {}).setdefault(width, []).append(math.log(row["effective"]))
     first, hidden, *_, last = param.predict(parameterization, optimizer, "ce").effective
     predicted = {"input": first, "hidden": hidden, "output": last}
-    matrices = [name for name in effective if roles[name + ".weight"] != "vector"]
+    matrices = [name for name in logs if roles[name + ".weight"] != "vector"]
     assert len(matrices) == 10
     for name in matrices:
-        slope = metrics.fit_exponent(widths, effective[name])[0]
-        assert abs(slope - predicted[roles[name + ".weight"]]) < 0.2, name
+        means = [math.exp(fmean(logs[name][width])) for width in widths]
+        slope = metrics.fit_exponent(widths, means)[0]
+        assert abs(slope - predicted[roles[name + ".weight"]]) < 0.25, name
 
 
 # ---- models that nobody here wrote ----
