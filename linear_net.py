@@ -16,47 +16,46 @@ for all parameterizations at once, so f and λ stand for all 2n weights.
     path = linear_net(4096, lr=0.1, steps=100,
                       parameterization="mup")       # path.loss (101,)
 
-Needs torch and numpy; can be copied alone. Out of scope: several samples, other losses.
+Out of scope: several samples, other losses.
 """
-import argparse
-import json
 import math
 import sys
 import time
-from collections import namedtuple
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-# Readout std ∝ m^-b, LR of u ∝ m^-c_in, LR of v ∝ m^-c_out.
-LINEAR_NET = {                      # (b, c_in, c_out)
-    "sp":                          (0.5, 0.0, 0.0),
-    "ntp":                         (0.5, 0.0, 1.0),
-    "mup":                         (1.0, -1.0, 1.0),
-    "sp_full_align":               (0.5, -0.5, 1.0),
-    "sp_full_align_large_readout": (0.5, -0.5, 0.5),
-}
-LinearNet = namedtuple("LinearNet", "f ntk loss diverged_at")
+import config
+import data
+import estimate
+import param
+
+
+class Trajectory(NamedTuple):
+    f: torch.Tensor             # (steps + 1, ...)
+    ntk: torch.Tensor
+    loss: torch.Tensor
+    diverged_at: torch.Tensor   # (...)
 
 
 def width_exponents(parameterization, alpha=0.0):
-    """Exponents of m in the initial f, k_u ‖v‖², k_v ‖u‖² and P;
-    ValueError on an unknown name.
+    """Return the exponents of m in the initial f, k_u ‖v‖², k_v ‖u‖² and P.
+
+    u is the input layer and v the readout of param.PARAMETERIZATIONS, under SGD.
+    ValueError for an unknown name.
     """
-    if parameterization not in LINEAR_NET:
-        raise ValueError(f"unknown parameterization {parameterization!r}; "
-                         f"choose from {', '.join(LINEAR_NET)}")
-    b, c_in, c_out = LINEAR_NET[parameterization]
-    return (0.5 - b, 1 - 2 * b - c_in - alpha, 1 - c_out - alpha,
-            -c_in - c_out - 2 * alpha)
+    e = param.exponents(parameterization, "sgd", alpha)
+    b, c_in, c_out = e["output"][0], e["input"][1], e["output"][1]
+    return 0.5 - b, 1 - 2 * b - c_in, 1 - c_out, -c_in - c_out
 
 
 def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0,
                base_width=1, x=1.0, y=1.0, weight_decay=0.0, schedule=None,
                label_noise=0.0, f0=None):
-    """The trajectory, in float64 on the CPU.
+    """Return the Trajectory, in float64 on the CPU.
 
     lr (at base_width, times m^-alpha), seed and weight_decay broadcast to a
     shape (...). schedule(step) multiplies the LR, from step 0; lr *
@@ -87,14 +86,14 @@ def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0,
     lr, decay, seed = torch.broadcast_tensors(
         exact(lr), exact(weight_decay), torch.as_tensor(seed))
     seeds, of_seed = seed.unique(return_inverse=True)
-    drawn = torch.stack([draw(width, s, steps) for s in seeds.tolist()], dim=-1)
-    overlap, u2, v2, *noise = drawn[:, of_seed]     # (...) each
+    draws = torch.stack([draw(width, s, steps) for s in seeds.tolist()], dim=-1)
+    overlap, u2, v2, *noise = draws[:, of_seed]     # (...) each
 
     chi = torch.full((steps + 1, *lr.shape), math.nan, dtype=torch.float64)
     ntk = chi.clone()
     chi[0] = (x * size_f * overlap if f0 is None else exact(f0)) - y
     ntk[0] = x * x * (size_v * v2 + base_width * size_u * u2)
-    # χ is the state: f, rounded, would rest at an unstable y
+    # Iterate the error χ, not f: near y, f loses the digits of χ and would look converged.
     for step in range(steps):
         error, kernel = chi[step], ntk[step]
         now = lr if schedule is None else lr * schedule(step)
@@ -110,12 +109,12 @@ def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0,
     bad = (~loss.isfinite()).cumsum(0) > 0
     diverged_at = torch.where(bad[-1], bad.int().argmax(0), -1)
     f, ntk, loss = (values.masked_fill(bad, math.nan) for values in (chi + y, ntk, loss))
-    return LinearNet(f, ntk, loss, diverged_at)
+    return Trajectory(f, ntk, loss, diverged_at)
 
 
 @lru_cache(maxsize=512)     # the only cost that grows with width
 def draw(width, seed, steps):
-    """(3 + steps,): uᵀv / √n, ‖u‖² / n, ‖v‖² / n of u, v ~ N(0, I);
+    """Return (3 + steps,): uᵀv / √n, ‖u‖² / n, ‖v‖² / n of u, v ~ N(0, I), and
     every step's N(0, 1).
     """
     generator = torch.Generator().manual_seed(seed)
@@ -125,45 +124,6 @@ def draw(width, seed, steps):
     u, v = normal(width), normal(width)
     start = torch.stack([u @ v / math.sqrt(width), u @ u / width, v @ v / width])
     return torch.cat([start, normal(steps)])
-
-
-# ---- exponents with intervals ----
-
-def t_quantile(freedom, level=0.95):
-    """t with P(|T| < t) = level for Student's T, to 1e-4 relative, from the
-    density ∝ cos(θ)^(freedom - 1) of the angle θ = atan(T / √freedom).
-    """
-    edges = np.linspace(0, math.pi / 2, 10_001)
-    middles = (edges[1:] + edges[:-1]) / 2
-    mass = np.cumsum(np.cos(middles) ** (freedom - 1))
-    angle = np.interp(level, mass / mass[-1], edges[1:])
-    return math.sqrt(freedom) * math.tan(angle)
-
-
-def fit_exponent(widths, logs, step=0.0):
-    """(slope, [low, high]) of logs (S, W), of S seeds, against log width;
-    95 % interval.
-
-    Least squares on the means over seeds: slope = Σ w mean has variance
-    (s²/S + step²/12) Σ w². s²: variance over seeds, pooled within widths;
-    step: spacing of the logs' grid; W (S - 1) degrees of freedom. nan where
-    there is none.
-    """
-    seeds, count = logs.shape
-    slope, none = math.nan, [math.nan, math.nan]
-    if count < 2:
-        return slope, none
-
-    centred = np.log(widths) - np.log(widths).mean()
-    weights = centred / (centred ** 2).sum()
-    slope = float(weights @ logs.mean(0))
-    if seeds < 2:
-        return slope, none
-
-    variance = logs.var(0, ddof=1).mean() / seeds + step ** 2 / 12
-    error = math.sqrt(variance * (weights ** 2).sum())
-    half = t_quantile(count * (seeds - 1)) * error
-    return slope, [slope - half, slope + half]
 
 
 # ---- measurements: the entries of summary.json ----
@@ -176,12 +136,21 @@ TIMES = 1, 4, 16                                # steps before each distance
 
 
 def ntk_exponent(parameterization, alpha=0.0):
-    """Exponent of m in λ. A minimum is stable up to lr = 2 / λ."""
+    """Return the exponent of m in λ. A minimum is stable up to lr = 2 / λ."""
     return max(width_exponents(parameterization, alpha)[1:3])
 
 
+def fit(widths, logs, step=0.0):
+    """Return (slope, (low, high)) of logs (S, W), of S seeds, against log width.
+
+    step: spacing of the logs' grid. nan where there is none.
+    """
+    exponent = estimate.exponent_of(widths, np.exp(logs), np.full(len(widths), step))
+    return exponent.slope, exponent.interval if len(logs) > 1 else (math.nan, math.nan)
+
+
 def bracket(width, steps, seeds, label_noise, warmup):
-    """Logs (S,) of the largest stable LR below the first unstable one,
+    """Return logs (S,) of the largest stable LR below the first unstable one,
     and (S,) of that one.
 
     nan beyond LRS. Only divergence is unstable: a late catapult raises the loss
@@ -200,7 +169,7 @@ def bracket(width, steps, seeds, label_noise, warmup):
 
 
 def stability_edge(widths, steps, seeds, label_noise, warmup, exponent):
-    """Largest stable LR of SP against width,
+    """Return the entry of SP's largest stable LR against width,
     after warmup * m^exponent steps of linear warmup.
 
     With noise, χ grows as soon as lr λ > 2 and λ falls while the LR rises: the
@@ -221,11 +190,7 @@ def stability_edge(widths, steps, seeds, label_noise, warmup, exponent):
                          "left out of the fit")
 
     stable, unstable = np.array(brackets).transpose(1, 2, 0)    # (S, W) each
-    middle = (stable + unstable) / 2
-    found = np.isfinite(middle).all(0)
-    step = math.log(LRS[1] / LRS[0])
-    slope, interval = fit_exponent(np.array(widths)[found], middle[:, found], step)
-
+    slope, interval = fit(widths, (stable + unstable) / 2, math.log(LRS[1] / LRS[0]))
     if math.isnan(slope):
         flags.append("fewer than two widths: no exponent")
     elif seeds < 2:
@@ -239,15 +204,15 @@ def stability_edge(widths, steps, seeds, label_noise, warmup, exponent):
 
 
 def with_exponent(entry, widths, values, predicted):
-    """The entry, with values, a list over widths of (S,), and their exponent."""
+    """Return the entry, with values, a list over widths of (S,), and their exponent."""
     values = torch.stack(values, dim=-1).numpy()    # (S, W)
-    slope, interval = fit_exponent(widths, np.log(values))
+    slope, interval = fit(widths, np.log(values))
     return {**entry, "widths": widths, "values": values.tolist(),
             "exponent": slope, "interval": interval, "predicted": predicted}
 
 
 def distances(widths, parameterization, seeds=32, lr=0.1):
-    """Entries of |f - its infinite-width limit from the same initial f|
+    """Return entries of |f - its infinite-width limit from the same initial f|
     (from 0 for mup).
     """
     every, paths = torch.arange(seeds), []
@@ -261,7 +226,7 @@ def distances(widths, parameterization, seeds=32, lr=0.1):
 
 
 def one_step(widths, parameterization, alpha, seeds=32, lr=0.5):
-    """Entry of |loss decrease| after one step (Proposition C.3)."""
+    """Return the entry of |loss decrease| after one step (Proposition C.3)."""
     every, decreases = torch.arange(seeds), []
     for width in widths:
         before, after = linear_net(width, lr, 1, parameterization, every, alpha).loss
@@ -273,7 +238,7 @@ def one_step(widths, parameterization, alpha, seeds=32, lr=0.5):
 
 
 def measure(widths, steps, seeds, label_noise):
-    """Yields (kind, entry)."""
+    """Yield (kind, entry)."""
     for warmup in WARMUPS:
         yield "edges", stability_edge(widths, steps, seeds, label_noise, *warmup)
     for parameterization in ("mup", "ntp"):
@@ -291,70 +256,52 @@ def table_row(kind, entry):
         if key in entry:
             name += f", {key} {entry[key]:g}"
     slope, (low, high) = entry["exponent"], entry["interval"]
-    found = "-" if math.isnan(slope) else f"{slope:+.2f}"
+    measured = "-" if math.isnan(slope) else f"{slope:+.2f}"
     if not math.isnan(low):
-        found += f" [{low:+.2f}, {high:+.2f}]"
+        measured += f" [{low:+.2f}, {high:+.2f}]"
     flags = [f"! {flag}" for flag in entry.get("flags", [])]
-    return "\n".join([f"{name:48}{entry['predicted']:+9.2f}   {found}", *flags])
+    return "\n".join([f"{name:48}{entry['predicted']:+9.2f}   {measured}", *flags])
 
 
-def write_json(path, value):
-    """Strict JSON, null for numbers that are not finite; whole or not at all."""
-    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(value, indent=1) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+CHECKS = {
+    "widths": config.Check(int, "from 1 to 2^26", lambda n: 1 <= n <= 2 ** 26),  # u, v: 1 GB
+    "steps": config.POSITIVE_INT,
+    "seeds": config.POSITIVE_INT,
+    "label_noise": config.NON_NEGATIVE,
+}
 
 
-def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
+def main(argv=None):
+    parser = config.Parser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--widths", type=int, nargs="+", default=[4 ** k for k in range(3, 11)],
-        help="default 4^3 to 4^10")
-    add("--steps", type=int, default=5000, help="at the stability edge; default 5000")
-    add("--seeds", type=int, default=4,
+    add("--widths", type=config.whole_number, nargs="+",
+        default=[4 ** k for k in range(3, 11)], help="default 4^3 to 4^10")
+    add("--steps", type=config.whole_number, default=5000,
+        help="at the stability edge; default 5000")
+    add("--seeds", type=config.whole_number, default=4,
         help="at the stability edge, 32 elsewhere; default 4")
-    add("--label-noise", type=float, default=0.01,
+    add("--label-noise", type=config.number, default=0.01,
         help="standard deviation, at the stability edge; default 0.01")
     add("--out", type=Path, default=Path("out/linear_net"), help="default out/linear_net")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
+    for name, check in CHECKS.items():
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            config.checked(name, value, check)
+    config.require(args.steps * args.seeds <= 10 ** 6, "steps times seeds",
+                   args.steps * args.seeds, "at most 10^6")       # 4 GB
 
-    for width in args.widths:
-        if not 1 <= width <= 2 ** 26:       # u and v are drawn: 1 GB
-            parser.error(f"--widths {width}: choose from 1 to 2^26")
-    if (args.steps < 1 or args.seeds < 1
-            or args.steps * args.seeds > 10 ** 6):      # 4 GB
-        parser.error(f"--steps {args.steps} --seeds {args.seeds}: "
-                     "choose from 1 up, with a product of at most 10^6")
-    if not 0 <= args.label_noise < math.inf:
-        parser.error(f"--label-noise {args.label_noise}: "
-                     "choose a finite number from 0 up")
-    return parser, args
-
-
-def main(arguments=None):
-    parser, args = parse(arguments)
-    begin, found = time.perf_counter(), {}
-    widths = sorted(set(args.widths))
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        print(f"{'Exponents against width':48}predicted   measured, 95 % interval")
-        for kind, entry in measure(widths, args.steps, args.seeds, args.label_noise):
-            found.setdefault(kind, []).append(entry)
-            print(table_row(kind, entry), flush=True)
-        write_json(args.out / "summary.json", {
-            "command": " ".join(["python", *sys.argv]),
-            "seconds": round(time.perf_counter() - begin, 1), "linear_net": found})
-    except OSError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "\ninterrupted; nothing was written\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    start, entries, widths = time.perf_counter(), {}, sorted(set(args.widths))
+    print(f"{'Exponents against width':48}predicted   measured, 95 % interval")
+    for kind, entry in measure(widths, args.steps, args.seeds, args.label_noise):
+        entries.setdefault(kind, []).append(entry)
+        print(table_row(kind, entry), flush=True)
+    data.write_json(args.out / "summary.json", {
+        "command": " ".join(["python", *sys.argv]),
+        "seconds": round(time.perf_counter() - start, 1), "linear_net": entries})
     print(f"\npython plots.py {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    config.command_line(main)

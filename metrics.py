@@ -9,26 +9,25 @@ propagating update,
     W_0, x_0  a module's weight and input in `reference`, a copy from initialization
     W_t, x_t  the same in `model`; dW = W_t - W_0, dx = x_t - x_0; biases left out
     rms(v)    |v|_2 / sqrt(k) for v in R^k, per sample or token, averaged over them
-    |W|_op    operator (spectral) norm; |W|_F Frobenius norm
+    |W|_op    operator (spectral) norm
     chi       dloss_i/dlogits of sample i
 
     reference = copy.deepcopy(model)
     ...  # training
     print(refined_coordinate_check(model, reference, x))
 
-Measured are nn.Linear, Embedding, LayerNorm, RMSNorm, Conv2d, transformers'
-Conv1D and other packages' RMSNorms, in any module that takes model(x), in
-evaluation mode. Modes, buffers, RNG, .grad and hooks stay as they were. A
-diverged model gives nan. Needs torch >= 2.4 only; can be copied alone. Out of
-scope: attention scores, sharded models.
+x is what the model takes: a tensor, a tuple of arguments or a dict of keyword
+arguments. Measured are nn.Linear, Embedding, LayerNorm, RMSNorm, Conv2d,
+transformers' Conv1D and other packages' RMSNorms, in evaluation mode. Modes,
+buffers, random generators, .grad and hooks stay as they were. A diverged model
+gives nan. Needs torch >= 2.4 only; can be copied alone. Out of scope: attention
+scores, sharded models.
 """
-import copy
 import inspect
 import math
 import warnings
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
-from statistics import NormalDist
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,21 +42,21 @@ class Layer(NamedTuple):
     """One module at one batch: N samples, tokens or patches, of all its calls."""
     w0: Tensor                      # (fan_out, fan_in); gains (fan,); Embedding (V, fan_out)
     dw: Tensor                      # W_t - W_0
-    x: Tensor                       # x_t (N, fan_in), normalised for gains; token ids (N,)
+    x: Tensor                       # x_t (N, fan_in), normalized for gains; token ids (N,)
     dx: "Tensor | None"             # x_t - x_0; None for an Embedding
     effective: Tensor               # dW x_t (N, fan_out)
     propagating: "Tensor | None"    # W_0 dx (N, fan_out); None for an Embedding
 
 
 def updates(model, reference, x):
-    """{module name: Layer}, for the measurements below to share.
+    """Return {module name: Layer}, for the measurements below to share.
 
-    Products with dW and dx in float32 or wider: differences of outputs lose the
-    digits of small updates. Warns of modules with parameters that are not
-    measured. ValueError where the models differ in modules, shapes or number of
-    calls. reference: a model, or capture(reference, x).
+    Products with dW and dx are taken in float32 or wider, as differences of
+    outputs lose the digits of small updates. Warns of modules with parameters
+    that are not measured. ValueError where the models differ in modules, shapes
+    or number of calls. reference: a model, or capture(reference, x).
     """
-    model = _eager(model)
+    model = _uncompiled(model)
     now = capture(model, x)
     then = reference if isinstance(reference, dict) else capture(reference, x)
     layers = {}
@@ -84,21 +83,20 @@ def updates(model, reference, x):
 
 
 def capture(model, x):
-    """{module name: (weight, input rows)} of one forward pass, for many updates.
+    """Return {module name: (weight, input rows)} of one forward pass.
 
     The weights share the parameters' memory: of a model that trains on, capture a copy.
     """
-    model = _eager(model)
+    model = _uncompiled(model)
     weights, rows = {}, {}
 
     def keep(name, module, args, kwargs):
         weight = _weight(module)
         if weight is not None:
             weights[name] = weight
-            given, *_ = *args, *kwargs.values()
-            # what follows may work in place
-            row = _rows(module, weight, given).clone()
-            rows.setdefault(name, []).append(row)
+            module_input, *_ = *args, *kwargs.values()
+            # a copy, since what follows may work in place
+            rows.setdefault(name, []).append(_rows(module, weight, module_input).clone())
 
     with ExitStack() as hooks, _undisturbed(model) as forward, torch.no_grad():
         for name, module in model.named_modules():
@@ -109,16 +107,16 @@ def capture(model, x):
 
 
 def _weight(module):
-    """What multiplies _rows(module, ...);
-    None if the output, bias aside, is not that.
+    """Return the weight matrix W of a module that computes W x + bias, else None.
 
-    The class's forward tells the kind: a subclass may compute something else.
-    Your own class goes here and, if its input is no plain vector, into _rows.
+    The class's forward tells the kind, since a subclass may compute something
+    else. A class of your own goes here and, if its input is no plain vector, into
+    _rows.
     """
     weight, forward = getattr(module, "weight", None), type(module).forward
-    if not isinstance(weight, Tensor):
+    if not isinstance(weight, Tensor) or "weight" in module._buffers:   # those are not trained
         return None
-    weight = _wide(weight.detach())
+    weight = _at_least_float32(weight.detach())
     if forward in (nn.Linear.forward, nn.Embedding.forward):
         return weight
     if forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
@@ -126,34 +124,36 @@ def _weight(module):
     if forward is nn.Conv2d.forward:
         zeros = module.padding_mode == "zeros" and module.padding != "same"
         plain = zeros and module.groups == 1
-        return weight.flatten(1) if plain else None  # (C_out, C_in kh kw)
+        return weight.flatten(1) if plain else None         # (C_out, C_in kh kw)
     if type(module).__name__ == "Conv1D" and weight.ndim == 2:
-        return weight.T  # transformers': (in, out)
+        return weight.T                                     # transformers': (in, out)
     return weight if _is_rms_norm(module) else None
 
 
 def _is_rms_norm(module):
-    """Whether it is weight * x / rms(x): Llama's, Qwen's, T5's;
-    Gemma's has 1 + weight.
+    """Whether the module computes weight * x / rms(x), as Llama's, Qwen's and T5's do.
 
-    Asks a copy with other gains and inputs, as a model's state may hide it.
+    Gemma's has 1 + weight. Other gains and inputs than the model's own tell them
+    apart, as those may hide it.
     """
-    named = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
-    if not named or [tensor.ndim for tensor in module.parameters(recurse=False)] != [1]:
+    is_named_so = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
+    if not is_named_so or [tensor.ndim for tensor in module.parameters(recurse=False)] != [1]:
         return False
     if len(inspect.signature(module.forward).parameters) > 1:
-        return False  # a gate, a residual
+        return False                            # a gate, a residual
 
-    twin = copy.deepcopy(module).float()
-    gains = torch.linspace(1, 2, len(twin.weight), device=twin.weight.device)
-    x = 3 * gains - 4  # of both signs, mean not zero
-    x = torch.stack([x, 1e-3 * x])[None]  # (1, 2, fan), small for eps to show
-    with torch.no_grad():
-        twin.weight.copy_(gains)
-        try:
-            return torch.allclose(twin.forward(x), gains * _over_rms(twin, x), rtol=1e-5)
-        except (RuntimeError, IndexError, TypeError):  # made for images, say
-            return False
+    weight = module.weight
+    gains = torch.linspace(1, 2, len(weight), device=weight.device)
+    x = 3 * gains - 4                           # of both signs, mean not zero
+    x = torch.stack([x, 1e-3 * x])[None]        # (1, 2, fan), small for eps to show
+    module._parameters["weight"] = nn.Parameter(gains)
+    try:
+        with torch.no_grad():
+            return torch.allclose(module.forward(x), gains * _over_rms(module, x), rtol=1e-5)
+    except (RuntimeError, IndexError, TypeError):           # made for images, say
+        return False
+    finally:
+        module._parameters["weight"] = weight
 
 
 def _over_rms(norm, x):
@@ -162,14 +162,14 @@ def _over_rms(norm, x):
 
 
 def _rows(module, weight, x):
-    """What the weight multiplies, (N, fan_in); token ids (N,) for an Embedding."""
+    """Return what the weight multiplies, (N, fan_in); token ids (N,) for an Embedding."""
     if isinstance(module, nn.Embedding):
         return x.flatten()
-    x = _wide(x)
+    x = _at_least_float32(x)
     if isinstance(module, nn.Conv2d):
         padding = 0 if module.padding == "valid" else module.padding
         patches = F.unfold(x, module.kernel_size, module.dilation,
-                           padding, module.stride)  # (B, C_in kh kw, patches)
+                           padding, module.stride)          # (B, C_in kh kw, patches)
         return patches.transpose(1, 2).flatten(0, 1)
     if isinstance(module, nn.LayerNorm):
         x = F.layer_norm(x, module.normalized_shape, eps=module.eps)
@@ -180,7 +180,7 @@ def _rows(module, weight, x):
 
 def _multiply(weight, rows):
     if not rows.is_floating_point():
-        return weight[rows]  # Embedding: one-hot rows
+        return weight[rows]         # an Embedding's rows are one-hot
     rows = rows.to(weight.dtype)
     return rows * weight if weight.ndim == 1 else rows @ weight.T
 
@@ -195,36 +195,42 @@ def _left_out(model, layers):
             yield f"{name or 'the model itself'} ({type(module).__name__})"
 
 
-def _wide(tensor):
+def _at_least_float32(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _eager(model):  # compiled code skips later hooks and has no second derivative
+def _uncompiled(model):     # compiled code skips later hooks and has no second derivative
     return getattr(model, "_orig_mod", model)
 
 
 @contextmanager
 def _undisturbed(model):
-    """x -> model(x) in evaluation mode on copies of the buffers;
-    restores modes, RNG.
+    """Yield x -> model(x) in evaluation mode on copies of the buffers.
+
+    Modes and random generators are restored.
     """
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
+
+    def forward(x):
+        args = () if isinstance(x, dict) else x if isinstance(x, tuple) else (x,)
+        return torch.func.functional_call(model, buffers, args, x if isinstance(x, dict) else {})
+
     try:
         for module in modes:
             module.training = False
         with torch.random.fork_rng(devices=devices):
-            yield lambda x: torch.func.functional_call(model, buffers, (x,))
+            yield forward
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
-# ---- refined coordinate check, alignment, statistics of layers and logits ----
+# ---- refined coordinate check, alignment, and all that is tracked of one step ----
 
 def refined_coordinate_check(model, reference, x, layers=None):
-    """{module name: {"effective", "propagating", "input", "input_change"}}.
+    """Return {module name: {"effective", "propagating", "input", "input_change"}}.
 
     The rms of dW x_t, W_0 dx, x_t and dx: torch-module-monitor's `.weight`
     norms over sqrt(fan_out), sqrt(fan_in). The input is what the weight
@@ -239,20 +245,19 @@ def refined_coordinate_check(model, reference, x, layers=None):
     } for name, layer in (layers or updates(model, reference, x)).items()}
 
 
-def alignment(model, reference, x, layers=None, reference_norms=None):
-    """{module name: {"rms_update", "operator_update", "operator_propagating"}},
-    at most 1:
+def alignment(model, reference, x, layers=None, norm_cache=None):
+    """Return {module name: {"operator_update", "operator_propagating"}}, at most 1:
 
-        |dW x_t| / (|dW|_F |x_t|),  |dW x_t| / (|dW|_op |x_t|),  |W_0 dx| / (|W_0|_op |dx|)
+        |dW x_t| / (|dW|_op |x_t|)  and  |W_0 dx| / (|W_0|_op |dx|),
 
     averaged over samples. Zero denominators do not count; nan where all are, as
     at initialization or for dx in the first layer. An Embedding's inputs are
-    one-hot, |x_t| = 1, and do not change: nan. `reference_norms`: a dict, {} at
+    one-hot, |x_t| = 1, and do not change: nan. `norm_cache`: a dict, {} at
     first, that keeps each |W_0|_op.
     """
-    norms, rows = {} if reference_norms is None else reference_norms, {}
+    norms, rows = {} if norm_cache is None else norm_cache, {}
     for name, layer in (layers or updates(model, reference, x)).items():
-        update = layer.effective.norm(dim=-1)  # (N,)
+        update = layer.effective.norm(dim=-1)       # (N,)
         size, propagating = torch.ones_like(update), math.nan
         if layer.dx is not None:
             size = layer.x.norm(dim=-1)
@@ -261,124 +266,89 @@ def alignment(model, reference, x, layers=None, reference_norms=None):
             largest = norms[name] * layer.dx.norm(dim=-1)
             propagating = _mean_ratio(layer.propagating.norm(dim=-1), largest)
         rows[name] = {
-            "rms_update": _mean_ratio(update, layer.dw.norm() * size),
             "operator_update": _mean_ratio(update, operator_norm(layer.dw) * size),
             "operator_propagating": propagating,
         }
     return rows
 
 
-def layer_statistics(model, reference, x, layers=None):
-    """{module name: {"output", "output_change", "dead_inputs"}}.
+def measurements(model, reference, x, y, loss, initial_logits, norm_cache=None, kernels=False):
+    """Yield what a sweep tracks: a dict per module, and one for the logits.
 
-    The rms of W_t x_t and of W_t x_t - W_0 x_0; the fraction of inputs that are
-    zero for every sample, as of dead ReLUs (nan for an Embedding).
+    reference: capture(model, x) at initialization. loss(logits, y) -> (loss per
+    sample, chi). A module's dict has its name as "module", its place in the
+    model's order as "layer", the refined coordinate check and, if there is a
+    norm_cache, the alignments; kernels adds the upper triangle of h h^T / k of its
+    inputs h (N, k), from the second module on. The logits' dict, of module "", has the mean loss,
+    the rms of the logits' change since initial_logits, of the logits and of chi.
     """
-    rows = {}
-    for name, layer in (layers or updates(model, reference, x)).items():
-        output = layer.effective + _multiply(layer.w0, layer.x)
-        change, dead = layer.effective, math.nan
-        if layer.dx is not None:
-            change = change + layer.propagating
-            dead = (layer.x == 0).all(dim=0).float().mean().item()
-        rows[name] = {
-            "output": _rms(output),
-            "output_change": _rms(change),
-            "dead_inputs": dead,
-        }
-    return rows
+    layers = updates(model, reference, x)
+    check = refined_coordinate_check(model, reference, x, layers)
+    aligned = ({} if norm_cache is None
+               else alignment(model, reference, x, layers, norm_cache))
+    for layer, name in enumerate(layers):
+        row = {"module": name, "layer": layer, **check[name], **aligned.get(name, {})}
+        if kernels and layer > 0:
+            h = layers[name].x
+            kernel = (h @ h.T / h.shape[1])[torch.triu_indices(len(h), len(h)).unbind()]
+            row["kernel"] = [float(f"{entry:.6g}") for entry in kernel.tolist()]
+        yield row
 
-
-def logit_statistics(logits, targets, loss_fn):
-    """{"rms", "margin", "chi"} of logits (..., K) at class indices (...),
-    sample means.
-
-    margin: true logit minus the largest other. chi: rms over classes.
-    loss_fn(logits, targets) is the mean of loss_i.
-    """
-    _check_classes(logits, targets)
-    logits = _wide(logits.detach()).requires_grad_()
-    with torch.enable_grad():
-        chi, = torch.autograd.grad(loss_fn(logits, targets), logits)
-    chi = chi * targets.numel()  # undoes the mean's 1/N
-
-    logits, index = logits.detach(), targets.unsqueeze(-1)
-    others = logits.scatter(-1, index, -math.inf).amax(dim=-1)
-    margin = logits.gather(-1, index).squeeze(-1) - others
-    return {
-        "rms": _rms(logits),
-        "margin": margin.mean().item(),
-        "chi": _rms(chi),
-    }
-
-
-def _check_classes(logits, targets):
-    if targets.shape != logits.shape[:-1] or targets.numel() == 0:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} with targets {tuple(targets.shape)}: "
-            "need (..., K) with class indices (...)")
+    with torch.no_grad():
+        logits = model(x)
+        losses, chi = loss(logits, y)
+    change = (logits - initial_logits).square().mean(-1).sqrt().mean()
+    yield {"module": "", "layer": len(layers), "loss": losses.mean().item(),
+           "change": change.item(), "rms": _rms(logits), "chi": _rms(chi)}
 
 
 def _rms(rows):
-    if rows is None or not rows.is_floating_point():  # an Embedding's
+    """Return the mean over rows (..., k) of their rms; nan for an Embedding's token ids."""
+    if rows is None or not rows.is_floating_point():
         return math.nan
     return (rows.norm(dim=-1).mean() / math.sqrt(rows.shape[-1])).item()
 
 
 def _mean_ratio(numerator, denominator):
-    counts = denominator != 0  # nan counts: divergence must show
+    counts = denominator != 0       # nan counts: divergence must show
     ratios = torch.where(counts, numerator / denominator, 0)
     return (ratios.sum() / counts.sum()).item()
 
 
 # ---- largest eigenvalues: operator norm and sharpness ----
 
-def operator_norm(weight, tolerance=1e-3, max_steps=300):
-    """Largest singular value of a matrix, to 1e-3 relative or better;
-    never a full SVD.
+def operator_norm(weight):
+    """Return the largest singular value of a matrix, to 1e-3 relative or better.
 
-    Block Lanczos on the smaller of W^T W, W W^T until the residual is below
-    `tolerance` relative. Deterministic. A vector stands for a diagonal matrix
-    (gains); more dimensions are flattened to (fan_out, rest). nan where W is
-    not finite.
+    Lanczos on the smaller of W^T W and W W^T, never a full SVD; deterministic. A
+    vector stands for a diagonal matrix (gains); more dimensions are flattened to
+    (fan_out, rest). nan where W is not finite.
     """
-    weight = _wide(weight.detach())
+    weight = _at_least_float32(weight.detach())
     scale = weight.abs().max()
-    if weight.ndim < 2:
+    if weight.ndim < 2 or not scale > 0 or not scale.isfinite():
         return scale.item()
-
-    matrix = weight.flatten(1)
-    if matrix.shape[0] < matrix.shape[1]:
-        matrix = matrix.T  # (larger, smaller)
-    # Squares of tiny updates would underflow.
+    # Squares of 1e36 or 1e-42 would leave float32.
     unit = scale.clamp_min(torch.finfo(weight.dtype).tiny)
-
-    def gram(rows):  # (b, smaller)
-        return (rows @ matrix.T / unit) @ matrix / unit
-
-    # Two vectors: one may all but miss the top direction
-    # (1 of 2000 dense spectra).
-    square = _top_eigenvalue(gram, matrix.shape[1], scale, tolerance, max_steps, block=2)
-    return scale.item() * math.sqrt(max(square, 0.0))
+    matrix = weight.flatten(1) / unit
+    if matrix.shape[0] < matrix.shape[1]:
+        matrix = matrix.T           # (larger, smaller)
+    square = _largest_eigenvalue(lambda v: (matrix @ v) @ matrix, matrix[0])
+    return unit.item() * math.sqrt(max(square, 0.0))
 
 
-def sharpness(model, loss_fn, x, y, preconditioner=None, tolerance=1e-4, max_steps=200):
-    """Largest (most positive) Hessian eigenvalue of the scalar
-    loss_fn(model(x), y).
+def sharpness(model, loss_fn, x, y):
+    """Return the largest (most positive) Hessian eigenvalue of loss_fn(model(x), y).
 
-    Over the trainable parameters. With `preconditioner` P > 0, {name: tensor}
-    or a list in their order, that of P^-1/2 H P^-1/2; for Adam
-    P = sqrt(v / (1 - beta2^t)) + eps (Cohen et al., arXiv 2207.14484). Lanczos
-    until the residual is below `tolerance` relative; a step is one product with
-    the Hessian and keeps one vector. ValueError for a loss that is not a
-    scalar, or a preconditioner that does not fit or is not positive.
+    Over the trainable parameters, by Lanczos to 1e-3 relative; a step is one
+    product with the Hessian. ValueError for a loss that is not a scalar.
     """
-    model = _eager(model)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    model = _uncompiled(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def gradient(output, *args, **kwargs):  # flat
-        return _flatten(torch.autograd.grad(
-            output, list(parameters.values()), *args, **kwargs, materialize_grads=True))
+    def gradient(output, *args, **kwargs):      # flat
+        grads = torch.autograd.grad(output, parameters, *args, **kwargs, materialize_grads=True)
+        return torch.cat([grad.flatten() for grad in grads])
 
     # Fused attention kernels have no second derivative.
     with _undisturbed(model) as forward, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -388,202 +358,67 @@ def sharpness(model, loss_fn, x, y, preconditioner=None, tolerance=1e-4, max_ste
                 f"loss_fn must return a scalar, not shape {tuple(loss.shape)}: "
                 "take its mean, say")
         flat = gradient(loss, create_graph=True)
-    scale = (1.0 if preconditioner is None
-             else _inverse_root(preconditioner, parameters))
-    if not flat.requires_grad:  # the loss is linear in the parameters
+    if not flat.requires_grad:      # the loss is linear in the parameters
         return 0.0
-
-    def hessian(rows):  # (1, parameters)
-        return scale * gradient(flat, scale * rows[0], retain_graph=True)[None]
-
-    return _top_eigenvalue(hessian, len(flat), flat.detach(), tolerance, max_steps, block=1)
+    return _largest_eigenvalue(lambda v: gradient(flat, v, retain_graph=True), flat.detach())
 
 
-def _inverse_root(preconditioner, parameters):
-    """P^-1/2, flat, in the order of the parameters."""
-    if not isinstance(preconditioner, dict):
-        preconditioner = dict(zip(parameters, preconditioner))
-    for name, parameter in parameters.items():
-        entry, shape = preconditioner.get(name), parameter.shape
-        if entry is None or entry.shape != shape or not (entry > 0).all():
-            raise ValueError(f"preconditioner of {name!r} must be "
-                             f"a positive tensor of shape {tuple(shape)}")
-    return _flatten(preconditioner[name].detach() for name in parameters).rsqrt()
+def _largest_eigenvalue(multiply, like, tolerance=1e-4, max_steps=300):
+    """Return the largest eigenvalue of a symmetric map v -> multiply(v) on vectors like `like`.
 
-
-def _flatten(tensors):
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def _top_eigenvalue(multiply, n, like, tolerance, max_steps, block):
-    """Largest eigenvalue of a symmetric map A on R^n,
-    multiply(rows (b, n)) -> (b, n).
-
-    Block Lanczos, reorthogonalised: V (k, n), of orthonormal rows, grows by A
-    times its newest block. The top eigenvalue of T = V A V^T, eigenvector s, is
-    off one of A's by at most the residual |L^T s_newest|, where L Q is what the
-    newest block's image has outside V. Read every fourth row: that is a
-    transfer from the device.
+    Lanczos with full reorthogonalization: V (k, n) has orthonormal rows that span
+    the images of a random start, and T = V A V^T is tridiagonal, with diagonal α
+    and β beside it. T's largest eigenvalue is off by at most β_k |s|, with s the
+    last entry of its eigenvector. Where β_k is rounding error, V is all that the
+    map can reach. nan where the map is not finite.
     """
+    n, eps = len(like), torch.finfo(like.dtype).eps
     generator = torch.Generator(like.device).manual_seed(0)
-    noise = partial(torch.randn, generator=generator, device=like.device, dtype=like.dtype)
-    eps, limit = torch.finfo(like.dtype).eps, min(n, max_steps)
-    basis, t = like.new_empty(min(n, 16), n), like.new_zeros(limit, limit + block)
-    size, largest = 0, like.new_zeros(())
-    new = _orthonormal(noise(min(block, limit), n))[0]
-    while True:
-        newest, size = slice(size, size + len(new)), size + len(new)
-        if size > len(basis):
-            basis = torch.cat([basis, torch.empty_like(basis)])
-        basis[newest] = new
-        v, image = basis[:size], multiply(new)  # (size, n), (b, n)
-        t[newest, :size] = image @ v.T
-        largest = torch.maximum(largest, image.norm())
-        # Where A maps V into itself,
-        # noise of rounding's size gives a fresh direction.
-        fresh = 8 * eps / math.sqrt(n) * largest * noise(len(new), n)
-        outside = image - t[newest, :size] @ v + fresh
-        new, t[newest, size:size + len(new)] = _orthonormal(outside)
+    v = torch.randn(n, generator=generator, device=like.device, dtype=like.dtype)
+    basis = like.new_empty(min(n, max_steps), n)
+    alphas, betas = [], [v.norm().item()]
+    for k in range(len(basis)):
+        basis[k] = v / betas[-1]
+        v = multiply(basis[k])
+        alpha, known = basis[k] @ v, basis[:k + 1]
+        for _ in range(2):          # since rounding leaves some of V the first time
+            v = v - (known @ v) @ known
+        alpha, beta = torch.stack([alpha, v.norm()]).tolist()
+        if not math.isfinite(alpha + beta):
+            return math.nan
+        alphas.append(alpha)
+        betas.append(beta)
 
-        if size % 4 == 0 or size == limit:
-            corner = t[:size, :size + len(new)].cpu().double()
-            if not corner.isfinite().all():
-                return math.nan
-            # of T: eigh reads the lower triangle
-            values, vectors = torch.linalg.eigh(corner[:, :size])
-            value = values[-1].item()
-            residual = (vectors[newest, -1] @ corner[newest, size:]).norm().item()
-            floor = 16 * eps * values.abs().max().item()
-            if size == n or residual <= max(tolerance * abs(value), floor):
-                return value
-            if size == limit:
-                message = (f"eigenvalue {value:.3g} has residual {residual:.1g}: "
-                           f"raise {max_steps=}")
-                warnings.warn(message, stacklevel=3)
-                return value
-
-        # Once more, since rounding left some of V in it.
-        new = _orthonormal(new - new @ v.T @ v)[0][:limit - size]
+        is_closed = beta <= 8 * eps * math.sqrt(n) * max(map(abs, alphas + betas[1:]))
+        if is_closed or k % 4 == 3 or k == len(basis) - 1:
+            t = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+            t += torch.diag(torch.tensor(betas[1:-1], dtype=torch.float64), -1)
+            values, vectors = torch.linalg.eigh(t)          # reads the lower triangle
+            largest, residual = values[-1].item(), beta * abs(vectors[-1, -1].item())
+            if is_closed or k >= 15 and residual <= tolerance * abs(largest):
+                return largest
+    if n > max_steps:
+        warnings.warn(f"eigenvalue {largest:.3g} has residual {residual:.1g} after "
+                      f"{max_steps} steps", stacklevel=3)
+    return largest
 
 
-def _orthonormal(rows):
-    """(Q, L) with rows = L Q and orthonormal rows of Q."""
-    q, r = torch.linalg.qr(rows.T)
-    return q.T, r.T
-
-
-# ---- calibration and exponents ----
+# ---- calibration ----
 
 def expected_calibration_error(logits, targets, bins=15):
-    """sum_b (n_b / N) |accuracy_b - confidence_b| (Guo et al., arXiv 1706.04599).
+    """Return sum_b (n_b / N) |accuracy_b - confidence_b| (Guo et al., arXiv 1706.04599).
 
     logits (..., K), class indices (...). Bin b holds the n_b samples whose top
     softmax probability lies in ((b-1)/bins, b/bins].
     """
-    _check_classes(logits, targets)
-    probabilities = _wide(logits.detach()).flatten(0, -2).softmax(dim=-1)
+    if targets.shape != logits.shape[:-1] or targets.numel() == 0:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} with targets {tuple(targets.shape)}: "
+            "need (..., K) with class indices (...)")
+    probabilities = _at_least_float32(logits.detach()).flatten(0, -2).softmax(dim=-1)
     confidence, prediction = probabilities.max(dim=-1)  # (N,)
     excess = (prediction == targets.flatten()).to(confidence) - confidence
     edges = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=confidence.device)
     bin_of = torch.bucketize(confidence, edges[1:-1])
     sums = excess.new_zeros(bins).index_add_(0, bin_of, excess)
     return (sums.abs().sum() / len(excess)).item()
-
-
-def fit_exponent(widths, values):
-    """(slope, intercept) of least squares on natural logs:
-    exp(intercept) * widths**slope.
-
-    values (W,), or (S, W) for S seeds: the line is fitted to their mean log.
-    ValueError for values not finite and positive, or fewer than two distinct
-    widths.
-    """
-    log_n, logs = _logs(widths, values)
-    slope = _slope_weights(log_n) @ logs.mean(dim=0)
-    return slope.item(), (logs.mean() - slope * log_n.mean()).item()
-
-
-def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=False):
-    """Interval (low, high) of fit_exponent's slope,
-    for values (S, W) of S seeds.
-
-    Student's t on the slope's variance,
-    sum_w c_w^2 (s_w^2 / S + log(resolution_w)^2 / 12), c its weights. s_w^2:
-    variance at a width, of residuals from the means of width and seed, so that
-    what a seed does at every width alike counts for nothing; degrees of freedom
-    by Welch and Satterthwaite, as widths may not be equally noisy. equal_noise:
-    one variance for all widths, (S-1) (W-1) degrees, narrower where seeds are
-    few. One seed: residuals from the line, W-2. (nan, nan) where no degree is
-    left and the values are exact. resolution: factor between neighbours of the
-    values' grid, a number or (W,).
-    """
-    log_n, logs = _logs(widths, values)
-    weights, mean = _slope_weights(log_n), logs.mean(dim=0)
-    seeds, count = logs.shape
-    slope = (weights @ mean).item()
-    if seeds == 1:
-        most = count - 2
-        residuals = logs - mean.mean() - slope * (log_n - log_n.mean())
-        squares = residuals.square().sum().expand(count) / max(most, 1)
-    else:
-        most = (seeds - 1) * (count - 1)
-        residuals = logs - mean - logs.mean(dim=1, keepdim=True) + logs.mean()
-        # each width has its share of the (S-1) (W-1) degrees
-        squares = residuals.square().sum(dim=0) / ((seeds - 1) * (1 - 1 / count))
-    if equal_noise:
-        squares = squares.mean().expand(count)
-
-    noise = weights.square() * squares / seeds
-    step = torch.as_tensor(resolution, dtype=torch.float64).log()
-    variance = (noise + weights.square() * step.square() / 12).sum().item()
-    if most < 1 and variance == 0:
-        return math.nan, math.nan
-
-    freedom = most if most > 0 else math.inf
-    if seeds > 1 and not equal_noise and noise.any():  # Welch and Satterthwaite
-        ratio = noise.sum().square() / noise.square().sum()
-        freedom = min(most, (seeds - 1) * ratio.item())
-    half = t_quantile((1 + level) / 2, freedom) * math.sqrt(variance)
-    return slope - half, slope + half
-
-
-@cache
-def t_quantile(probability, freedom):
-    """Quantile of Student's t above the median,
-    integrated over atan(t / sqrt(freedom)).
-    """
-    if math.isinf(freedom):
-        return NormalDist().inv_cdf(probability)
-    step = math.pi / 40_000
-    angles = step * torch.arange(20_001, dtype=torch.float64)
-    density = angles.cos().clamp_min(0).pow(freedom - 1)
-    mass = torch.cat([density.new_zeros(1), torch.cumulative_trapezoid(density)])
-    wanted = (2 * probability - 1) * mass[-1]
-    at = torch.searchsorted(mass, wanted)
-    # linear between the angles
-    at = at - (mass[at] - wanted) / (mass[at] - mass[at - 1])
-    return math.sqrt(freedom) * math.tan(step * at.item())
-
-
-def _logs(widths, values):
-    """Natural logs of widths (W,) and values (S, W), checked, in float64."""
-    exact = partial(torch.as_tensor, dtype=torch.float64, device="cpu")
-    widths, values = exact(widths), torch.atleast_2d(exact(values))
-    if values.ndim != 2 or widths.shape != values.shape[1:] or len(values) == 0:
-        raise ValueError(f"widths {tuple(widths.shape)}, "
-                         f"values {tuple(values.shape)}: "
-                         "need (W,) and (W,) or (S, W)")
-    for name, tensor in (("widths", widths), ("values", values)):
-        bad = tensor[~(tensor.isfinite() & (tensor > 0))].tolist()
-        if bad:
-            raise ValueError(f"{name} must be finite and positive, "
-                             f"not {bad}: leave those out")
-    if len(widths.unique()) < 2:
-        raise ValueError("an exponent needs at least two distinct widths, "
-                         f"not {widths.tolist()}")
-    return widths.log(), values.log()
-
-
-def _slope_weights(log_n):
-    centred = log_n - log_n.mean()
-    return centred / (centred @ centred)  # slope = weights @ logs

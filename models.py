@@ -16,54 +16,44 @@ included: dropout, caches for generation, biases and tied weights in GPT.
 
     model = MLP(784, width=512, hidden_layers=3, d_out=10)
     model = GPT(vocab_size=256, width=256, layers=4, context=128)
-    model = own("net.py:build", 512,
-                Shape(784, 10, text=False))     # a network in a file of yours
+    model = custom_model("net.py:build", 512,
+                         Shape(784, 10, text=False))    # a model in a file of yours
 """
-import contextlib
 import functools
 import hashlib
 import importlib.util
 import inspect
-import modulefinder
 import sys
-import traceback
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ACTIVATIONS = {"relu": torch.relu, "identity": lambda x: x}
-
 
 class MLP(nn.Module):
-    """d_in -> width -> ... -> width -> d_out; x (B, ...) -> logits (B, d_out).
+    """d_in -> width -> ... -> width -> d_out with ReLU; x (B, ...) -> logits (B, d_out).
 
     hidden_layers counts hidden activations: 7 is the paper's 8-layer MLP.
-    activation "identity" gives the deep linear net. ValueError on another, or a
-    size below one.
+    ValueError for a size below one.
     """
 
-    def __init__(self, d_in, width, hidden_layers, d_out, activation="relu", bias=False):
+    def __init__(self, d_in, width, hidden_layers, d_out, bias=False):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}; "
-                             f"choose from {', '.join(ACTIVATIONS)}")
         sizes = [d_in] + [width] * hidden_layers + [d_out]
         if min(sizes) < 1 or hidden_layers < 1:
             raise ValueError("MLP sizes must be at least one: "
                              f"d_in {d_in}, width {width}, "
                              f"hidden_layers {hidden_layers}, d_out {d_out}")
-        self.activation = activation
         self.layers = nn.ModuleList(
             nn.Linear(*fans, bias=bias) for fans in zip(sizes, sizes[1:]))
 
     def forward(self, x):
-        x = x.flatten(1)  # (B, d_in)
+        x = x.flatten(1)                    # (B, d_in)
         for layer in self.layers[:-1]:
-            x = ACTIVATIONS[self.activation](layer(x))  # (B, width)
-        return self.layers[-1](x)  # (B, d_out)
+            x = torch.relu(layer(x))        # (B, width)
+        return self.layers[-1](x)           # (B, d_out)
 
 
 class GPT(nn.Module):
@@ -91,7 +81,7 @@ class GPT(nn.Module):
                              "choose one that is, or another head_dim")
 
         self.context = context
-        self.rotated = head_dim // 4  # dimensions that rotary embedding turns
+        self.rotated = head_dim // 4        # dimensions that rotary embedding turns
         self.embedding = nn.Embedding(vocab_size, width)
         self.blocks = nn.ModuleList(
             Block(width, head_dim, norm_affine, qk_norm) for _ in range(layers))
@@ -181,29 +171,33 @@ def rotary_table(context, dims, device, dtype):
     return _ROTARY_TABLES[key]
 
 
-# ---- networks of your own ----
-# "FILE.py:FUNCTION" names build(width) or build(width, shape).
+# ---- custom models: "FILE.py:FUNCTION" names build(width) or build(width, shape) ----
 
 class Shape(NamedTuple):
-    """What the data ask of a network: floats (B, inputs) -> logits (B, classes);
-    of text, token ids (B, inputs) -> logits (B, inputs, classes)."""
+    """What the data ask of a model: floats (B, inputs) -> logits (B, outputs);
+    for text, token ids (B, inputs) -> logits (B, inputs, outputs)."""
     inputs: int
-    classes: int
+    outputs: int        # classes, tokens of the vocabulary or real-valued targets
     text: bool
 
+    @property
+    def classes(self):
+        return self.outputs
 
-class Source(NamedTuple):
-    path: Path
-    build: object       # build(width) or build(width, shape) -> nn.Module
-    roles: object       # {parameter name or pattern: role}, or name -> role or None
-    digest: str         # of the file, and of those beside it that it imports
+
+class CustomModel(NamedTuple):
+    """What the user's file defines."""
+    build: Callable         # build(width) or build(width, shape) -> nn.Module
+    roles: dict             # {parameter name or pattern: role}
+    digest: str             # hash of the file and of what it imports from its folder
 
 
 @functools.cache
-def load(spec):
-    """The Source of "FILE.py:FUNCTION", read once.
+def load_custom(spec):
+    """Return the CustomModel of "FILE.py:FUNCTION", importing the file once.
 
-    ValueError: there is none, or it raises.
+    ValueError where there is no such file or function. An error that the file
+    itself raises is its author's, and keeps its traceback.
     """
     file, _, name = spec.rpartition(":")
     path = Path(file).resolve()
@@ -211,118 +205,81 @@ def load(spec):
         raise ValueError(f"model is {spec!r}, and {file} is no file; "
                          "give FILE.py:FUNCTION")
 
-    with _blaming(path):
-        # The file and those beside it that it imports, found without running them.
-        finder = modulefinder.ModuleFinder([str(path.parent)])
-        finder.run_script(str(path))
-        files = {name: Path(part.__file__)
-                 for name, part in finder.modules.items() if part.__file__}
-        for part, beside in files.items():
-            loaded = getattr(sys.modules.get(part), "__file__", None)
-            if part != "__main__" and loaded and Path(loaded).resolve() != beside:
-                raise ImportError(f"{beside.name} bears the name of {loaded}, "
-                                  "loaded before; rename it")
-
+    loaded_before = set(sys.modules)
+    if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-        found = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
-        module = sys.modules[found.name] = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
-
+    module_spec = importlib.util.spec_from_file_location(f"custom_{path.stem}", path)
+    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise ValueError(f"model is {spec!r}, and {file} has no function {name!r}; "
                          f"it has {', '.join(known) or 'none'}")
     roles = getattr(module, "roles", {})
-    if not (isinstance(roles, dict) or callable(roles)):
+    if not isinstance(roles, dict):
         raise ValueError(f"roles in {file} is a {type(roles).__name__}; "
-                         "it must be a dict, or a function of a parameter's name")
-    content = b"".join(files[part].read_bytes() for part in sorted(files))
-    return Source(path, getattr(module, name), roles,
-                  hashlib.sha256(content).hexdigest()[:16])
+                         "it must be a dict {parameter name or pattern: role}")
+
+    files = {getattr(sys.modules[key], "__file__", None) for key in sys.modules.keys() - loaded_before}
+    beside = sorted(Path(part).resolve() for part in files - {None}
+                    if Path(part).resolve().is_relative_to(path.parent))
+    content = b"".join(part.read_bytes() for part in {path: 0, **dict.fromkeys(beside)})
+    return CustomModel(getattr(module, name), roles,
+                       hashlib.sha256(content).hexdigest()[:16])
 
 
-@contextlib.contextmanager
-def _blaming(path):
-    """What a file raises becomes a ValueError of one line,
-    with the line in that file."""
-    try:
-        yield
-    except Exception as error:
-        line = getattr(error, "lineno", None) or 1  # of a file that does not parse
-        for frame in traceback.extract_tb(error.__traceback__):
-            if frame.filename == str(path):
-                line = frame.lineno
-        *_, last = "", *str(error).strip().splitlines()
-        raise ValueError(
-            f"{path.name}:{line}: {type(error).__name__}: {last.strip()}") from error
+def custom_model(spec, width, shape):
+    """Return the model that the user's file builds, as it initializes it, in evaluation mode.
 
-
-def own(spec, width, shape):
-    """The network that a file builds, as it initializes it, in evaluation mode;
-    outputs with .logits (transformers') are unwrapped. ValueError: what the
-    file raises, and what a stack of replicas cannot train (state outside the
-    weights).
+    Outputs with .logits (transformers') are unwrapped. ValueError for what is no
+    module and for what a stack of replicas cannot train: state outside of the
+    weights, and random numbers.
     """
-    source = load(spec)
-    with _blaming(source.path):
-        needed = [p for p in inspect.signature(source.build).parameters.values()
-                  if p.default is p.empty]
-        model = source.build(width, shape) if len(needed) > 1 else source.build(width)
+    build = load_custom(spec).build
+    required = [p for p in inspect.signature(build).parameters.values()
+                if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    model = build(width, shape) if len(required) > 1 else build(width)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{spec} built a {type(model).__name__} at width {width}, "
                          "and no nn.Module")
 
     for name, module in model.named_modules():
-        kind = f"{name or 'the model'} is a {type(module).__name__}"
-        if getattr(module, "running_mean", None) is not None:
-            raise ValueError(
-                f"{kind}, whose running statistics all replicas of a stack would share; "
-                "use LayerNorm, GroupNorm or track_running_stats=False")
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise ValueError(
-                f"{kind} with p = {module.p}, "
-                "which draws other numbers in a stack than alone; "
-                "build the model with p = 0")
+        reason = _why_not_stackable(module)
+        if reason:
+            raise ValueError(f"{name or 'the model'} is a {type(module).__name__} {reason}")
     for name, weights in model.named_parameters():
+        if isinstance(weights, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name} has no shape yet; build the model without lazy modules")
         if not weights.requires_grad:
             raise ValueError(f"{name} has requires_grad=False; register it as a buffer")
+        if not weights.is_floating_point():
+            raise ValueError(f"{name} holds {weights.dtype}; weights must be real numbers")
 
     model.register_forward_hook(
         lambda module, args, output: getattr(output, "logits", output))
     return model.eval()
 
 
-@functools.lru_cache(64)
-def own_shapes(spec, width, shape):
-    """The same, its weights on the meta device, tried on two samples.
+def _why_not_stackable(module):
+    """Return why a stack of replicas cannot train a module, and the remedy; None if it can."""
+    if getattr(module, "running_mean", None) is not None:
+        return ("whose running statistics all replicas of a stack would share; "
+                "use LayerNorm, GroupNorm or track_running_stats=False")
+    has_rate = isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+    if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 or (
+            has_rate and module.dropout > 0):
+        return "with dropout, which draws other numbers in a stack than alone; build it without"
+    if getattr(module, "sparse", False) is True:
+        return "with sparse gradients, which vmap does not know; use sparse=False"
+    return None
 
-    ValueError unless logits are finite, of the right shape, and depend on every parameter.
+
+def set_parameters(model, weights):
+    """Make these tensors the model's parameters, in their order, and return the model.
+
+    Nothing is copied: tensors may be of any device and dtype. A tied parameter
+    is replaced in every place where it is used.
     """
-    model = own(spec, width, shape)
-    expected = (2, shape.inputs, shape.classes) if shape.text else (2, shape.classes)
-    with _blaming(load(spec).path), torch.random.fork_rng(devices=[]):
-        x = (torch.zeros(2, shape.inputs, dtype=torch.long) if shape.text
-             else torch.randn(2, shape.inputs))
-        logits = model(x)
-
-    if not isinstance(logits, torch.Tensor) or logits.shape != expected:
-        got = tuple(getattr(logits, "shape", ())) or type(logits).__name__
-        raise ValueError(f"{spec} made {got} of a batch {tuple(x.shape)}; "
-                         f"it must make logits {expected}")
-    if not logits.isfinite().all():
-        raise ValueError(f"{spec} makes logits that are not finite at width {width}, "
-                         "before any training")
-    weights = dict(model.named_parameters())
-    grads = torch.autograd.grad(logits.sum(), list(weights.values()), allow_unused=True)
-    for name, grad in zip(weights, grads):
-        if grad is None:
-            raise ValueError(f"the logits of {spec} do not depend on {name}; remove it")
-    return put(model, [w.detach().to("meta") for w in weights.values()])
-
-
-def put(model, weights):
-    """The model with these tensors as its parameters, in their order: no copy,
-    of any device and dtype, in every place where a tied one is used."""
     new = {id(old): nn.Parameter(w) for old, w in zip(model.parameters(), weights)}
     for module in model.modules():
         module._parameters.update({

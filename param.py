@@ -10,9 +10,9 @@ Vankadara).
     roles   input (only fan-out grows with width), hidden (both),
             output (only fan-in), vector (biases, norm gains)
 
-No multipliers in the forward pass. By abc symmetry, a multiplier n^-a with std
-n^-b and LR n^-c trains alike under a+θ, b-θ, c-2θ (SGD) or c-θ (Adam with ε
-along): a = 0 is general.
+We use no multipliers in the forward pass. This loses nothing: with a multiplier
+n^-a, (a, b, c) and (a+θ, b-θ, c-2θ) train identically under SGD, and so do
+(a, b, c) and (a+θ, b-θ, c-θ) under Adam, with ε scaled along.
 
     base = MLP(784, 256, 3, 10)             # same architecture at the base width
     init_(model, base, "mup", generator=torch.Generator().manual_seed(0))
@@ -25,9 +25,11 @@ d_head grows with width (mup needs sqrt(d0)/d_head).
 """
 import math
 import warnings
-from collections import namedtuple
+from fnmatch import fnmatchcase
 from types import SimpleNamespace
+from typing import NamedTuple
 
+import torch
 from torch import nn
 
 ROLES = ("input", "hidden", "output", "vector")
@@ -61,36 +63,39 @@ PARAMETERIZATIONS = {
         "adam_eps": (0.5, 0.5, 0.0, 0.5)},
 }
 OPTIMIZERS = ("sgd", "adam")
-TRAINABLE = {"all": ROLES, "readout": ("output",)}
 
-# Of dloss/dlogits: is it bounded, and does it vanish where softmax saturates
-# on a wrong class?
-Loss = namedtuple("Loss", "bounded vanishes")
-LOSSES = {
-    #                    (bounded, vanishes)
-    "ce":            Loss(True, False),
-    "mse":           Loss(False, False),
-    "brier":         Loss(True, True),
-    "huber":         Loss(True, False),
-    "hinge":         Loss(True, False),
-    "squared_hinge": Loss(False, False),
+
+class LossProperties(NamedTuple):
+    """What a prediction needs to know of dloss/dlogits."""
+    bounded: bool
+    vanishes: bool      # where the softmax saturates on a wrong class
+
+
+LOSS_PROPERTIES = {
+    #                              (bounded, vanishes)
+    "ce":            LossProperties(True, False),
+    "mse":           LossProperties(False, False),
+    "brier":         LossProperties(True, True),
+    "huber":         LossProperties(True, False),
+    "hinge":         LossProperties(True, False),
+    "squared_hinge": LossProperties(False, False),
 }
 
 
-def _choose(kind, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"unknown {kind} {value!r}; choose from {', '.join(allowed)}")
-    return value
+def _check_name(kind, name, allowed):
+    if name not in allowed:
+        raise ValueError(f"unknown {kind} {name!r}; choose from {', '.join(allowed)}")
+    return name
 
 
 def exponents(parameterization, optimizer, alpha=0.0):
-    """{role: (b, c)} of the table above; alpha is added to every c.
+    """Return {role: (b, c)} of the table above; alpha is added to every c.
 
-    ValueError on an unknown name.
+    ValueError for an unknown name.
     """
     row = PARAMETERIZATIONS[
-        _choose("parameterization", parameterization, PARAMETERIZATIONS)]
-    rates = row[_choose("optimizer", optimizer, OPTIMIZERS)]
+        _check_name("parameterization", parameterization, PARAMETERIZATIONS)]
+    rates = row[_check_name("optimizer", optimizer, OPTIMIZERS)]
     return {role: (b, c + alpha) for role, b, c in zip(ROLES, row["b"], rates)}
 
 
@@ -98,12 +103,12 @@ def exponents(parameterization, optimizer, alpha=0.0):
 
 def predict(parameterization, optimizer, loss, alpha=0.0,
             hidden_layers=3, trainable="all", step=1):
-    """Width exponents under full alignment, and the regime (Propositions 1 and 2).
+    """Return width exponents under full alignment, and the regime (Propositions 1 and 2).
 
     hidden_layers counts hidden activations, one more than hidden matrices.
-    trainable: "all" or "readout" (random features). step 1 is the first update;
-    later, the backward signal also passes the readout's update. ValueError on
-    unknown names. Returns an object with
+    trainable: "all", or the roles that train: ("output",) are random features.
+    step 1 is the first update; later, the backward signal also passes the
+    readout's update. ValueError for unknown names. Returns an object with
         .effective    [layer 1, ..., readout]   ΔW x; -inf where never updated
         .propagating  [layer 2, ..., readout]   W0 Δx
         .features     [hidden activation 1, ..., hidden_layers]   Δx
@@ -116,8 +121,9 @@ def predict(parameterization, optimizer, loss, alpha=0.0,
     catastrophic, and the readout's propagating exponent is at most 1 - b_out.
     """
     e = exponents(parameterization, optimizer, alpha)
-    bounded = LOSSES[_choose("loss", loss, LOSSES)].bounded
-    trained = TRAINABLE[_choose("trainable", trainable, TRAINABLE)]
+    bounded = LOSS_PROPERTIES[_check_name("loss", loss, LOSS_PROPERTIES)].bounded
+    trained = ROLES if trainable == "all" else [
+        _check_name("role in trainable:", role, ROLES) for role in trainable]
     if hidden_layers < 1:
         raise ValueError(
             f"hidden_layers is {hidden_layers}; choose at least one hidden activation")
@@ -159,7 +165,7 @@ def predict(parameterization, optimizer, loss, alpha=0.0,
 
 
 def max_stable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainable="all"):
-    """Smallest alpha whose regime is not catastrophic:
+    """Return the smallest alpha whose regime is not catastrophic:
     the maximal stable LR falls as n^-alpha.
 
     Proposition 1: sp, SGD, deep: 1/2 under ce, 1 under mse (Adam: 1 under
@@ -172,10 +178,10 @@ def max_stable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainab
 
 def max_trainable_alpha(parameterization, optimizer, loss,
                         hidden_layers=3, trainable="all"):
-    """Smallest alpha at which a network is stable and trains:
+    """Return the smallest alpha at which a network is stable and trains:
     differs under brier only.
 
-    Where logits diverge, softmax saturates and wrong samples cease to pull
+    Where logits diverge, the softmax saturates and wrong samples cease to pull
     (under Adam below its ε), though nothing blows up. sp, SGD, deep, brier: 1,
     not 1/2. Ours, not the paper's.
     """
@@ -184,12 +190,14 @@ def max_trainable_alpha(parameterization, optimizer, loss,
 
 
 def _smallest_alpha(trains, parameterization, optimizer, loss, hidden_layers, trainable):
-    """By bisection, as all exponents fall with alpha.
-    -inf: it always holds, inf: never."""
+    """Bisect for the smallest alpha that is stable, and trains if asked for.
+
+    All exponents fall with alpha. -inf: every alpha is; inf: none is.
+    """
     def holds(alpha):
         later = predict(parameterization, optimizer, loss, alpha,
                         hidden_layers, trainable, step=2)
-        saturated = trains and LOSSES[loss].vanishes and later.logits > 0
+        saturated = trains and LOSS_PROPERTIES[loss].vanishes and later.logits > 0
         return later.regime != "catastrophic" and not saturated
 
     low, high = -64.0, 64.0
@@ -206,20 +214,31 @@ def _smallest_alpha(trains, parameterization, optimizer, loss, hidden_layers, tr
 
 # ---- roles and width ratios of any model, from shapes alone ----
 
-# m: ratio to the base width along the dimension that the role reads (input:
-# fan-out, else fan-in). base_std: standard deviation at the base width, with
-# gain 1.
-Scaled = namedtuple("Scaled", "name tensor role m base_std owner")
+class ScalingRecord(NamedTuple):
+    """What the shapes beside the base model's say of one tensor."""
+    name: str
+    tensor: torch.Tensor
+    role: str
+    m: float                    # width ratio of the dimension that the role reads
+    m_in: float                 # width ratios of fan-in and fan-out
+    m_out: float
+    base_std: "float | None"    # std at the base width with gain 1; None: unknown fan-in
+    owner: nn.Module
 
-# The dimensions (fan-out, fan-in), by class name, so that no package need be
-# imported.
+
+# The dimensions (fan-out, fan-in) of weights, by class name, so that no package
+# need be imported.
 _FAN_DIMS = {
-    **dict.fromkeys(("Linear", "Conv1d", "Conv2d", "Conv3d"), (0, 1)),
-    **dict.fromkeys(("Embedding", "EmbeddingBag", "Conv1D"), (1, 0)),  # transformers' Conv1D
+    **dict.fromkeys(("Linear", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention",
+                     "RNNBase", "RNNCellBase"), (0, 1)),
+    **dict.fromkeys(("Embedding", "EmbeddingBag", "Conv1D"), (1, 0)),   # transformers' Conv1D
     **dict.fromkeys(("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"), (1, 0))}
 
 # torch.nn.utils' hooks and parametrizations that replace a weight's scale.
 _RESCALING = {"WeightNorm", "_WeightNorm", "SpectralNorm", "_SpectralNorm", "_Orthogonal"}
+
+# What torch.compile, FSDP and activation checkpointing put into a parameter's name.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 _NOTHING_SCALES = (
     "NOTHING SCALES: model and base have the same shapes. "
@@ -227,241 +246,367 @@ _NOTHING_SCALES = (
     "or, at the base width itself, roles as overrides")
 
 
-def _plain(name):
-    """A parameter's name without torch.compile's prefix."""
-    return name.replace("_orig_mod.", "")
+def _strip_wrappers(names):
+    """Return {name: the name without the prefixes of wrappers}."""
+    stripped = {name: name for name in names}
+    for wrapper in _WRAPPERS:
+        stripped = {name: short.replace(wrapper, "") for name, short in stripped.items()}
+    while stripped and all(short.startswith("module.") for short in stripped.values()):  # DDP
+        stripped = {name: short.removeprefix("module.") for name, short in stripped.items()}
+    return stripped
 
 
-def _fan_dims(owner):
+def _fan_dims(owner, name):
+    """Return the dimensions (fan-out, fan-in) of a layer's own weight matrix, else None."""
+    leaf = name.rpartition(".")[2]
+    if not leaf.startswith("weight") and not leaf.endswith("_proj_weight"):
+        return None         # what a subclass adds: adapters, scales
     if getattr(owner, "transposed", False) and owner.groups > 1:
-        # (in, out / groups): the fan-in, in / groups, is no dimension.
+        return None         # (in, out / groups): the fan-in, in / groups, is no dimension
+    classes = [cls.__name__ for cls in type(owner).__mro__]
+    return next((_FAN_DIMS[cls] for cls in classes if cls in _FAN_DIMS), None)
+
+
+def _base_std(tensor, owner, dims):
+    """Return fan-in^-1/2, the fan-in as in torch.nn.init, but 1 for tables: they pick a row.
+
+    None where the fan-in is not known.
+    """
+    if tensor.ndim <= 1 or dims is None:
         return None
-    names = [cls.__name__ for cls in type(owner).__mro__]
-    return next((_FAN_DIMS[name] for name in names if name in _FAN_DIMS), None)
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+        return 1.0
+    return (tensor.shape[dims[1]] * math.prod(tensor.shape[2:])) ** -0.5
 
 
-def _fan_in(tensor, owner):
-    """Summands behind one output, as in torch.nn.init,
-    but 1 for tables: they pick a row."""
-    if tensor.ndim <= 1 or isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
-        return 1
-    fan_in = (_fan_dims(owner) or (0, 1))[1]
-    return tensor.shape[fan_in] * math.prod(tensor.shape[2:])
+def _infer_role(tensor, ratios, owner, dims):
+    """Return the role of a tensor by the dimensions that scale; None where they do not tell."""
+    scaling = sum(ratio != 1 for ratio in ratios)
+    is_gain = dims is None and ("Norm" in type(owner).__name__
+                                or sum(size > 1 for size in tensor.shape) <= 1)
+    if tensor.ndim <= 1 or scaling == 0 or is_gain:
+        return "vector"         # also of fixed shape (a readout's bias): m = 1
+    if scaling > 1:
+        return "hidden"
+    if dims is None:
+        return None
+    return "input" if ratios[dims[0]] != 1 else "output"
 
 
-def _role_and_ratio(name, tensor, base_tensor, owner, role):
-    """(role, m) of one tensor;
-    role None (no override) is read off the dimensions that scale."""
-    ratios = [n / n0 for n, n0 in zip(tensor.shape, base_tensor.shape)]
-    scaling = [ratio for ratio in ratios if ratio != 1]
-    dims = _fan_dims(owner)
-    if role is None:
-        if tensor.ndim <= 1 or not scaling:
-            role = "vector"         # also of fixed shape (a readout's bias): m = 1
-        elif len(scaling) > 1:
-            role = "hidden"
-        elif dims is None:
-            raise ValueError(
-                "cannot tell fan-in from fan-out of "
-                f"{name} {tuple(tensor.shape)} in a {type(owner).__name__}; "
-                f"pass overrides={{{name!r}: 'input'}} "
-                "(or 'output', 'hidden', 'vector')")
-        else:
-            role = "input" if ratios[dims[0]] != 1 else "output"
-
-    _choose(f"role of {name}:", role, ROLES)
-    largest = max(scaling, default=1.0,
-                  key=lambda ratio: abs(math.log(ratio)))  # also where m < 1
+def _ratios_of_role(role, tensor, ratios, dims):
+    """Return (m, m_in, m_out) of a tensor whose dimensions scale by these ratios."""
+    largest = max((ratio for ratio in ratios if ratio != 1), default=1.0,
+                  key=lambda ratio: abs(math.log(ratio)))       # also where m < 1
     if tensor.ndim <= 1 or role == "vector":
-        return role, largest
+        return largest, 1.0, largest
     fan_out, fan_in = dims or (0, 1)
-    m = ratios[fan_out if role == "input" else fan_in]
-    # Of unknown layout, and fixed where it was read: the other dimension scales.
-    return role, largest if dims is None and m == 1 else m
+    m_in, m_out = ratios[fan_in], ratios[fan_out]
+    m = m_out if role == "input" else m_in
+    if dims is None and m == 1:     # of unknown layout: the other dimension scales
+        m = largest
+    return (m, m_in, m_out) if dims else (m, m, m)
+
+
+class _TiedReadoutInput:
+    """The forward pre-hook of tie_: multiplies a readout's input."""
+    factor = 1.0
+
+    def __call__(self, module, args):
+        return (args[0] * self.factor, *args[1:])
+
+
+def _tied_input(module):
+    """Return the hook that tie_ put on a readout, else None."""
+    hooks = module._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, _TiedReadoutInput)), None)
 
 
 def _refuse_rescaled(name, owner):
     attached = [*owner.children(), *owner._forward_pre_hooks.values()]
-    found = {type(part).__name__ for part in attached} & _RESCALING
-    if found:
+    rescaling = {type(part).__name__ for part in attached} & _RESCALING
+    if rescaling:
         raise ValueError(
-            f"{name}: {found.pop().lstrip('_')} replaces the scale that init_ draws; "
+            f"{name}: {rescaling.pop().lstrip('_')} replaces the scale that init_ draws; "
             "use torch.nn.utils' remove_weight_norm or remove_spectral_norm, "
             "or parametrize.remove_parametrizations")
 
 
-def _scaled(model, base, overrides):
-    """[Scaled] for every parameter of model:
-    the reading of shapes that all below share.
+def _role_of(name, overrides, used):
+    """Return the role that an override gives to a name, the last match, else None."""
+    role = None
+    for pattern, value in overrides.items():
+        if pattern == name or fnmatchcase(name, pattern):
+            role = _check_name(f"role of {pattern}:", value, ROLES)
+            used.add(pattern)
+    return role
+
+
+def _scaling_records(model, base, overrides):
+    """Return a ScalingRecord for every parameter of model: how all below read shapes.
 
     Warns the caller's caller if nothing scales and no roles are given.
     """
-    roles = {_plain(name): role for name, role in (overrides or {}).items()}
-    base_tensors = {_plain(name): p
-                    for name, p in base.named_parameters(remove_duplicate=False)}
+    base_tensors = dict(base.named_parameters(remove_duplicate=False))
+    base_tensors = {short: base_tensors[name]
+                    for name, short in _strip_wrappers(base_tensors).items()}
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    short_names = _strip_wrappers(tensors)
+    overrides = {pattern if "*" in pattern else _strip_wrappers([pattern])[pattern]: role
+                 for pattern, role in (overrides or {}).items()}
     modules = dict(model.named_modules(remove_duplicate=False))
 
-    records = {}        # by id: a tied tensor is one record
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        base_tensor = base_tensors.pop(_plain(name), None)
+    records, unknown, used = {}, [], set()      # records by id: a tied tensor has one
+    for name, tensor in tensors.items():
+        base_tensor = base_tensors.pop(short_names[name], None)
         if base_tensor is None or base_tensor.ndim != tensor.ndim:
             raise ValueError(
                 f"{name} {tuple(tensor.shape)} has no counterpart in base; "
                 "pass the same architecture at another width (same depth, same names)")
         owner = modules[name.rpartition(".")[0]]
+        if _tied_input(owner):      # the tensor has the role of the embedding
+            continue
         _refuse_rescaled(name, owner)
-        role, m = _role_and_ratio(
-            name, tensor, base_tensor, owner, roles.pop(_plain(name), None))
-        record = Scaled(name, tensor, role, m, _fan_in(base_tensor, owner) ** -0.5, owner)
+        dims = _fan_dims(owner, name)
+        ratios = [n / n0 for n, n0 in zip(tensor.shape, base_tensor.shape)]
+        role = _role_of(short_names[name], overrides, used)
+        if role is None and id(tensor) in records and all(ratio == 1 for ratio in ratios):
+            continue                # at the base width another name's role is all there is
+        role = role or _infer_role(tensor, ratios, owner, dims)
+        if role is None:
+            unknown.append(f"{name} {tuple(tensor.shape)} in a {type(owner).__name__}")
+            continue
+        record = ScalingRecord(name, tensor, role, *_ratios_of_role(role, tensor, ratios, dims),
+                               _base_std(base_tensor, owner, dims), owner)
         first = records.setdefault(id(tensor), record)
         if first.role != role:
+            readout = name.rpartition(".")[0]
             raise ValueError(
-                f"{first.name} ({first.role}) and {name} ({role}) are one tied tensor; "
-                "untie them (transformers: tie_word_embeddings=False)")
+                f"{first.name} ({first.role}) and {name} ({role}) are one tied tensor; untie "
+                f"them (model.{readout}.weight = torch.nn.Parameter(model.{readout}.weight"
+                f".detach().clone())), or call param.tie_(model, model.{readout})")
 
-    if roles or base_tensors:       # what no parameter of the model has popped
-        raise ValueError(
-            "no parameter of the model is called "
-            f"{', '.join([*roles, *base_tensors])}")
+    if unknown:
+        raise ValueError("cannot tell fan-in from fan-out of " + "; ".join(unknown)
+                         + ". Pass overrides={NAME_OR_PATTERN: role}, "
+                         f"role one of {', '.join(ROLES)}")
+    left_over = [*(overrides.keys() - used), *base_tensors]
+    if left_over:
+        raise ValueError(f"no parameter of the model is called {', '.join(left_over)}")
     if all(r.m == 1 for r in records.values()) and not overrides:
         warnings.warn(_NOTHING_SCALES, stacklevel=3)
     return list(records.values())
 
 
 def infer_roles(model, base, overrides=None):
-    """{parameter name: role}, by shapes beside base's,
+    """Return {parameter name: role}, by shapes beside base's,
     the same architecture at another width.
 
-    base may live on the meta device. Fan-in and fan-out are known for
-    nn.Linear, nn.Conv*, one-group nn.ConvTranspose*, nn.Embedding(Bag) and
-    transformers' Conv1D. All else is read as (fan_out, fan_in, ...): hidden
-    where two dimensions scale; where one does, give overrides={name: role}. A
-    matrix stored the other way round, or a table that is a bare nn.Parameter,
-    needs its std given to init_ as well.
+    base may live on the meta device. Fan-in and fan-out are known for nn.Linear,
+    nn.Conv*, one-group nn.ConvTranspose*, nn.Embedding(Bag), torch's recurrent
+    layers and MultiheadAttention, and transformers' Conv1D. Gains of norms, and
+    whatever has one dimension beside ones, are vectors. Of any other tensor two
+    scaling dimensions make it hidden; where one does, give overrides={name or
+    pattern: role}.
 
-    ValueError if the architectures differ, input and output cannot be told
-    apart, one tied tensor has two roles, or under weight_norm and its like.
-    Warns if nothing scales.
+    ValueError if the architectures differ, if input and output cannot be told
+    apart (all such tensors are listed), if one tied tensor has two roles (see
+    tie_), or under weight_norm and its like. Warns if nothing scales.
     """
-    return {r.name: r.role for r in _scaled(model, base, overrides)}
+    return {r.name: r.role for r in _scaling_records(model, base, overrides)}
+
+
+def tie_(model, readout):
+    """Let an embedding and a readout share their weight, and return model.
+
+    The tensor has the role of the embedding, input, and init_, rescale_ and
+    param_groups set the factor m^(b_in - b_out) by which a forward pre-hook
+    multiplies the readout's input: n0/n in mup, as the package mup's
+    MuSharedReadout does, and sqrt(n0/n) in sp. readout: the module, whose weight
+    is the embedding's. Idempotent. ValueError where it shares no weight.
+    """
+    names = [name for name, p in model.named_parameters(remove_duplicate=False)
+             if p is getattr(readout, "weight", None)]
+    if len(names) < 2:
+        raise ValueError(f"the weight of {type(readout).__name__} is no tied tensor of the "
+                         "model; pass the readout whose weight is the embedding's")
+    if not _tied_input(readout):
+        readout.register_forward_pre_hook(_TiedReadoutInput())
+    return model
+
+
+def _scale_tied_readouts(model, records, parameterization):
+    e = exponents(parameterization, "sgd")
+    for module in model.modules():
+        hook = _tied_input(module)
+        if hook:
+            m = next(r.m for r in records if r.tensor is module.weight)
+            hook.factor = m ** (e["input"][0] - e["output"][0])
 
 
 # ---- initial weights and learning rates ----
 
 def _init_stds(records, parameterization, gain, std):
-    """Standard deviation of each record at the model's width;
-    arguments as in init_."""
-    std = {_plain(key): value for key, value in (std or {}).items()}
+    """Return the standard deviation of each record at the model's width.
+
+    None where init_ leaves the tensor as it was built, nan for a matrix whose
+    fan-in is not known. Arguments as in init_.
+    """
+    std = {_strip_wrappers([key])[key]: value for key, value in (std or {}).items()}
+    short_names = _strip_wrappers([r.name for r in records])
     for key in std:
-        _choose("name or role in std:", key, (*ROLES, *(_plain(r.name) for r in records)))
+        _check_name("name or role in std:", key, (*ROLES, *short_names.values()))
     e, stds = exponents(parameterization, "sgd"), []
     for r in records:
-        at_base = std.get(_plain(r.name), std.get(r.role, gain * r.base_std))
-        stds.append(at_base * r.m ** -e[r.role][0])
+        at_base = std.get(short_names[r.name])
+        if at_base is None and r.role != "vector" and r.tensor.requires_grad:
+            at_base = math.nan if r.base_std is None else std.get(r.role, gain * r.base_std)
+        stds.append(None if at_base is None else at_base * r.m ** -e[r.role][0])
     return stds
 
 
-def init_(model, base, parameterization, generator=None, zero_readout=False,
-          gain=2 ** 0.5, std=None, overrides=None):
-    """Draws every weight of model in place, N(0, std²), and returns model.
-    Twice is as once.
+def init_(model, base, parameterization, generator=None, gain=2 ** 0.5, std=None,
+          overrides=None):
+    """Draw the weight matrices of model in place, N(0, std²), and return model. Idempotent.
 
     std = m^-b * gain / sqrt(base fan-in); gain sqrt(2) is He's for ReLU, an
     embedding has fan-in 1. std={name or role: value at the base width} replaces
-    either. Biases and padding rows become 0, norm gains 1, other vectors stay.
+    either. Drawn are the weight matrices of layers whose fan-in is known, and
+    tensors named in std; biases of those layers and padding rows become 0. All
+    else (gains, scales, temperatures, frozen parameters) stays as it was built.
+    ValueError for other matrices, which nobody has told how to draw.
+
     Draws on the generator's device in the order of model.named_parameters(): a
-    CPU generator gives the same weights anywhere.
+    CPU generator gives the same weights anywhere, sharded by fully_shard too.
     """
-    records = _scaled(model, base, overrides)
-    if zero_readout and not any(r.role == "output" for r in records):
-        raise ValueError("zero_readout needs an output tensor: " + _NOTHING_SCALES)
-    for r, size in zip(records, _init_stds(records, parameterization, gain, std)):
-        tensor = r.tensor.data
-        if tensor.ndim > 1:
+    records = _scaling_records(model, base, overrides)
+    stds = _init_stds(records, parameterization, gain, std)
+    unknown = [f"{r.name} {tuple(r.tensor.shape)} in a {type(r.owner).__name__}"
+               for r, size in zip(records, stds) if size is not None and math.isnan(size)]
+    if unknown:
+        raise ValueError(f"unknown fan-in of {'; '.join(unknown)}. Give std={{NAME: value at the "
+                         "base width}, or the role vector to leave a tensor as it is built, "
+                         "or use rescale_")
+    _scale_tied_readouts(model, records, parameterization)
+    for r, size in zip(records, stds):
+        tensor, leaf = r.tensor.data, r.name.rpartition(".")[2]
+        if size is not None:
             device = tensor.device if generator is None else generator.device
-            drawn = tensor.new_empty(tensor.shape, device=device)
-            tensor.copy_(drawn.normal_(0, size, generator=generator))
-            if zero_readout and r.role == "output":
-                tensor.zero_()
+            drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            _copy_whole(tensor, drawn.normal_(0, size, generator=generator))
             if getattr(r.owner, "padding_idx", None) is not None:
                 tensor[r.owner.padding_idx] = 0
-        elif "bias" in r.name.rpartition(".")[2]:       # also bias_ih_l0 of an LSTM
+        elif (tensor.ndim == 1 and "bias" in leaf and r.tensor.requires_grad
+              and _fan_dims(r.owner, "weight")):                # also bias_ih_l0 of an LSTM
             tensor.zero_()
-        elif "Norm" in type(r.owner).__name__:
-            tensor.fill_(1.0)
     return model
 
 
-def own_stds(base):
-    """{name: RMS} of the weights that base was built with;
-    constant ones are left out."""
-    weights = {_plain(name): w.detach() for name, w in base.named_parameters()}
+def _copy_whole(tensor, whole):
+    """Copy a whole tensor, or of a sharded one (fully_shard's) this rank's part."""
+    if hasattr(tensor, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+        whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh,
+                                  tensor.placements, src_data_rank=None)
+    tensor.copy_(whole)
+
+
+def built_stds(base):
+    """Return {name: RMS} of the weights that base was built with; constant ones are left out."""
+    weights = dict(base.named_parameters())
+    weights = {short: weights[name].detach() for name, short in _strip_wrappers(weights).items()}
     return {name: w.square().mean().sqrt().item() for name, w in weights.items()
-            if (w != w.flatten()[0]).any()}
+            if w.numel() and (w != w.flatten()[0]).any()}
 
 
 def rescale_(model, base, parameterization, overrides=None):
-    """The model's own initialization kept: scales every weight, as built, to
-    m^-b times its RMS in base, which must hold its weights, and returns model.
-    Constant tensors stay. Twice is as once.
+    """Keep the model's own initialization: scale every weight, as built, to m^-b times
+    its RMS in base, which must hold its weights, and return model.
+
+    Constant tensors stay. Idempotent.
     """
-    records = _scaled(model, base, overrides)
-    now, at_base = own_stds(model), own_stds(base)
-    for r, wanted in zip(records, _init_stds(records, parameterization, 1.0, at_base)):
-        name = _plain(r.name)
+    records = _scaling_records(model, base, overrides)
+    _scale_tied_readouts(model, records, parameterization)
+    short_names = _strip_wrappers([r.name for r in records])
+    e, now, at_base = exponents(parameterization, "sgd"), built_stds(model), built_stds(base)
+    for r in records:
+        name = short_names[r.name]
         if name in now and name in at_base:
-            r.tensor.data.mul_(wanted / now[name])
+            r.tensor.data.mul_(at_base[name] * r.m ** -e[r.role][0] / now[name])
     return model
+
+
+def _lr_factor(name, role, role_lr, used):
+    """Return the product of the factors for a role and for patterns of a name."""
+    factor = 1.0
+    for pattern, value in role_lr.items():
+        if pattern == role or fnmatchcase(name, pattern):
+            factor *= value
+            used.add(pattern)
+    return factor
 
 
 def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0,
                  weight_decay=0.0, eps=1e-8, role_lr=None, overrides=None):
-    """Parameter groups for torch.optim, one per role and width ratio.
+    """Return parameter groups for torch.optim, one per role and width ratio.
     Plain numbers, no tags.
 
     lr, weight_decay and eps are the values at the base width. Each group has
     params, names, role, lr and base_lr (equal), weight_decay (lr * weight_decay
-    does not change with width) and eps. role_lr={role: factor} multiplies LRs
-    at every width (0 freezes a role). Weight decay is for SGD and AdamW: Adam
-    adds it to gradients, which in mup shrink with width. m^-alpha uses the
-    model's one width ratio, for tensors of fixed shape too. ValueError if
-    tensors disagree on it and alpha is not 0, and for unknown names.
+    does not change with width) and eps. role_lr={role or name pattern: factor}
+    multiplies LRs at every width; 0 freezes. Weight decay is for SGD and AdamW:
+    Adam adds it to gradients, which in mup shrink with width. m^-alpha uses the
+    model's one width ratio, for tensors of fixed shape too. Where fan-in and
+    fan-out of a matrix grow by different factors, mup's LR under SGD is
+    proportional to m_out / m_in. ValueError there for parameterizations other
+    than sp and mup and for alpha other than 0, and for unknown names.
     """
-    records, role_lr = _scaled(model, base, overrides), role_lr or {}
-    for role in role_lr:
-        _choose("role", role, ROLES)
-    if role_lr and all(r.role == "vector" for r in records):
+    records, role_lr = _scaling_records(model, base, overrides), role_lr or {}
+    _scale_tied_readouts(model, records, parameterization)
+    if any(key in ROLES for key in role_lr) and all(r.role == "vector" for r in records):
         raise ValueError("role_lr needs roles: " + _NOTHING_SCALES)
-    ratios = sorted({r.m for r in records} - {1.0}) or [1.0]
+    ratios = sorted({r.m for r in records} | {r.m_out for r in records} - {1.0}) or [1.0]
+    ratios = [ratio for ratio in ratios if ratio != 1] or [1.0]
     if alpha != 0 and len(ratios) > 1:
         raise ValueError(f"alpha needs one width ratio, but tensors scale by {ratios}; "
                          "widen every dimension together or use alpha=0")
 
-    e, groups = exponents(parameterization, optimizer), {}
+    e, groups, used = exponents(parameterization, optimizer), {}, set()
+    short_names = _strip_wrappers([r.name for r in records])
     gamma = dict(zip(ROLES, PARAMETERIZATIONS[parameterization]["adam_eps"]))
     for r in records:
-        width_factor = r.m ** -e[r.role][1] * ratios[0] ** -alpha   # m^-(c + alpha)
-        group_lr = lr * width_factor * role_lr.get(r.role, 1.0)
-        group = groups.setdefault((r.role, r.m), {
+        width_factor = r.m ** -e[r.role][1] * ratios[0] ** -alpha       # m^-(c + alpha)
+        if r.role == "hidden" and r.m_in != r.m_out:
+            if parameterization not in ("sp", "mup"):
+                raise ValueError(f"{r.name}: fan-in grows {r.m_in:g} times and fan-out "
+                                 f"{r.m_out:g} times, for which {parameterization} has no "
+                                 "learning rate; use sp or mup")
+            if (parameterization, optimizer) == ("mup", "sgd"):
+                width_factor = r.m_out / r.m_in
+        factor = _lr_factor(short_names[r.name], r.role, role_lr, used)
+        group_lr = lr * width_factor * factor
+        group = groups.setdefault((r.role, r.m, width_factor, factor), {
             "params": [], "names": [], "role": r.role, "lr": group_lr, "base_lr": group_lr,
             "weight_decay": weight_decay / width_factor,
             "eps": eps * r.m ** -gamma[r.role]})
         group["params"].append(r.tensor)
         group["names"].append(r.name)
+    for pattern in role_lr.keys() - used - set(ROLES):
+        raise ValueError(f"role_lr names {pattern!r}, which is neither a role of the model's "
+                         f"tensors nor a parameter; roles: {', '.join(ROLES)}")
     return list(groups.values())
 
 
 def plan(model, base, parameterization, optimizer, lr, alpha=0.0,
          weight_decay=0.0, eps=1e-8, role_lr=None,
          gain=2 ** 0.5, overrides=None, std=None):
-    """A table of every tensor to read before training;
+    """Return a table of every tensor to read before training;
     arguments as in init_ and param_groups.
 
     Says so below its heading when nothing scales.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        records = _scaled(model, base, overrides)
+        records = _scaling_records(model, base, overrides)
         groups = param_groups(
             model, base, parameterization, optimizer, lr, alpha,
             weight_decay, eps, role_lr, overrides)
@@ -472,7 +617,7 @@ def plan(model, base, parameterization, optimizer, lr, alpha=0.0,
         group = group_of[r.name]
         rows.append((
             r.name, "x".join(map(str, r.tensor.shape)), r.role, f"{r.m:g}",
-            f"{size:.4g}" if r.tensor.ndim > 1 else "-",
+            "as built" if size is None else f"{size:.4g}",      # nan: init_ asks for it
             f"{group['lr']:.4g}", f"{group['weight_decay']:.4g}",
             f"{group['eps']:.3g}" if optimizer == "adam" else "-"))
 

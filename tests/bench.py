@@ -3,9 +3,14 @@
     python tests/bench.py 64 256 1024                   # at these widths; --stack 1: one run alone
     python tests/bench.py --model gpt --optimizer adam --device cuda
 
-Learning rates are tiny, so that nothing diverges. Of ten repetitions the fastest step counts; the share of
-the products is the median ratio of their time, called again alone, to that of the steps beside them.
+Learning rates are tiny, so that nothing diverges. The fastest step of ten repetitions counts. The share of
+the products is the median ratio of their time, when they are called again alone, to that of the steps beside
+them.
 """
+import os
+if __name__ == "__main__":      # as sweep.py does, before torch loads MKL
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 import functools
 import math
 import sys
@@ -13,12 +18,13 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import train        # before torch: it fixes how MKL sums
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import config as settings
 import stack
 import sweep
+import train
 
 
 HEAD = """\
@@ -37,17 +43,19 @@ class Products(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def bench(config, size, device, data_dir):
-    """(replicas, seconds a step of all of them, share of its matrix products, operations of those)."""
-    runs, config, splits = train.prepare([dict(config, lr=1e-9)], None, device, data_dir, ranks=1)
-    runs = next(sweep.stacks(runs * 256, device, size))
-    model, base, roles = train.build(config)
-    network, rule = train.network_of(config, model), train.rule_of(config)
-    replicas = train.stack_of(runs, model, base, roles, device, train.weight_dtype(config))
-    x, y = splits.batch(torch.arange(config["batch_size"]).expand(len(runs), -1))
+def bench(run, size, device, data_dir):
+    """Return (replicas, seconds a step of all of them, share of its matrix products, their operations)."""
+    batch, config, splits = train.prepare(dict(run, lr=1e-9), None, device, data_dir)
+    shape = train.shape_of(config, splits)
+    batch = next(sweep.stacks(batch * 256, shape, device, size))
+    template, roles, _ = train.build(config, shape, device)
+    replicas, rule = train.make_replicas(batch, template, roles, splits, device), train.rule_of(config)
+    samples = torch.arange(config["batch_size"], device=train.index_device(splits))
+    x, y = splits.batch(samples.expand(len(batch), -1))
+    model = train.stacked_model(config, template, replicas, x, y)
 
     def step():
-        stack.advance(replicas, x, y, network, rule, parts=config["accumulate"])
+        stack.advance(replicas, x, y, model, rule, parts=config["accumulate"])
 
     def alone():
         for call in products.calls:
@@ -68,30 +76,30 @@ def bench(config, size, device, data_dir):
         times = [(seconds(step, repeats), seconds(alone, repeats)) for _ in range(10)]
     share = sorted(part / whole for whole, part in times)[5]
     operations = sum(2 * call.args[-2].numel() * call.args[-1].shape[-1] for call in products.calls)
-    return len(runs), min(times)[0], share, operations
+    return len(batch), min(times)[0], share, operations
 
 
-def main():
-    parser = train.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("widths", type=int, nargs="*", metavar="WIDTH", help="widths (default --width)")
+def main(argv=None):
+    parser = settings.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("widths", type=settings.whole_number, nargs="*", metavar="WIDTH",
+                        help="widths (default --width)")
     parser.add_argument("--stack", default="auto", metavar="N", help="most replicas at once (default auto)")
-    train.add_flags(parser, without=("lr", "seed"))
-    args = vars(parser.parse_args())
-    size, device = args["stack"], train.choose_device(args["device"])
-    if size != "auto" and not (size.isdecimal() and int(size)):
-        raise train.InputError(f"stack is {size!r}; it must be auto or a whole number, at least 1")
+    settings.add_flags(parser, without=("lr", "seed"))
+    args = vars(parser.parse_args(argv))
+    device = settings.choose_device(args["device"])
+    size = settings.checked("stack", args["stack"], sweep.CHECKS["stack"])
     if args["track"]:
-        raise train.InputError("--track measures a run; use train.py or sweep.py")
+        raise settings.InputError("--track measures a run; use train.py or sweep.py")
     size = size if size == "auto" else int(size)
-    given = train.settings_given(args)
-    widths = args["widths"] or [train.configure(given)["width"]]
-    configs = [train.configure({**given, "width": width}) for width in widths]
-    for i, config in enumerate(configs):
-        replicas, step, share, operations = bench(config, size, device, args["data_dir"])
+    run = settings.settings_of_flags(args)
+    widths = args["widths"] or [settings.configure(run)["width"]]
+    runs = [settings.configure({**run, "width": width}) for width in widths]
+    for i, run in enumerate(runs):
+        replicas, step, share, operations = bench(run, size, device, args["data_dir"])
         print("" if i else HEAD, end="")
-        print(f"| {config['width']} | {replicas} | {1 / step:.1f} | {1e3 * step / replicas:.3f} "
+        print(f"| {run['width']} | {replicas} | {1 / step:.1f} | {1e3 * step / replicas:.3f} "
               f"| {operations / step / 1e9:.0f} | {share:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
-    train.command_line(main)
+    settings.command_line(main)

@@ -1,5 +1,9 @@
-"""What several test files share. Small networks are fastest on one thread, and tests run side by side."""
-import train        # noqa: F401    before torch: it asks for reproducible products
+"""What several test files share. Small networks train fastest on one thread, and tests run side by side."""
+import os
+
+# MKL reads this when torch loads it. Under it MKL sums in the same order whatever else a stack holds, so that
+# a row is the same to the last bit in any stack, as it is from the command lines of train.py and sweep.py.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import contextlib
 import io
@@ -12,7 +16,10 @@ torch.set_num_threads(1)
 
 
 def call(main, script, *flags):
-    """main in this process, as the command line of a script would call it: returncode, stdout, stderr."""
+    """Run main in this process, as the command line of a script would call it.
+
+    Returns an object with returncode, stdout and stderr.
+    """
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = [script, *map(str, flags)]
     try:

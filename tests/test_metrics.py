@@ -14,6 +14,7 @@ from torch import nn
 
 import metrics
 import models
+import stack
 
 
 class Block(nn.Module):
@@ -114,17 +115,18 @@ def test_metrics_imports_torch_and_the_standard_library_only():
 # ---- updates and the refined coordinate check
 
 def bias_free_outputs(network, x, names):
-    """{name: output of that module, less its bias}, through hooks of the test's own."""
+    """{name: output of a module less its bias}, through hooks of the test's own; x: tensor or keywords."""
     seen, handles = {}, []
 
     def keep(name):
         def hook(module, args, output):
-            seen[name] = output.detach().clone()
+            if isinstance(output, torch.Tensor):
+                seen[name] = output.detach().clone()
         return hook
 
     for name, module in network.named_modules():
         handles.append(module.register_forward_hook(keep(name)))
-    network(x)
+    network(**x) if isinstance(x, dict) else network(x)
     for handle in handles:
         handle.remove()
     for name in names:
@@ -237,7 +239,7 @@ def test_conv1d_of_transformers_and_conv2d_give_what_the_equivalent_linear_gives
         weight = conv1ds[-1][0].weight.data.T.clone()
         linears[-1][0].weight.data = weight
         conv2ds[-1][0].weight.data = weight.clone()[:, :, None, None]
-    for measure in (metrics.refined_coordinate_check, metrics.alignment, metrics.layer_statistics):
+    for measure in (metrics.refined_coordinate_check, metrics.alignment):
         expected = pytest.approx(measure(*linears, x)["0"], rel=1e-6, nan_ok=True)
         assert measure(*conv1ds, x)["0"] == expected
         assert measure(*conv2ds, x[:, :, None, None])["0"] == expected
@@ -326,6 +328,90 @@ def test_tiny_updates_keep_their_digits_in_float32():
     assert row["effective"] == pytest.approx(exact, rel=1e-5)
 
 
+class Translator(nn.Module):
+    """An encoder-decoder: the target's tokens read the mean of the source's."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.source, self.target = nn.Embedding(7, width), nn.Embedding(5, width)
+        self.encoder, self.mix = nn.Linear(width, width), nn.Linear(2 * width, width, bias=False)
+        self.readout = nn.Linear(width, 5)
+
+    def hidden(self, source, target, scale=1.0):
+        code = torch.tanh(self.encoder(self.source(source))).mean(1, keepdim=True)
+        target = self.target(target)
+        return torch.tanh(scale * self.mix(torch.cat([code.expand_as(target), target], dim=-1)))
+
+    def forward(self, source, target, *, scale=1.0):
+        return self.readout(self.hidden(source, target, scale))
+
+
+def translator_pair():
+    torch.manual_seed(0)
+    model, reference = perturbed(Translator().double())
+    return model, reference, torch.randint(7, (3, 6)), torch.randint(5, (3, 4))
+
+
+def test_a_models_arguments_may_be_a_tuple_or_a_dict_of_keywords():
+    model, reference, source, target = translator_pair()
+    forms = (source, target), {"source": source, "target": target}, {"target": target, "source": source}
+    rows = metrics.refined_coordinate_check(model, reference, forms[0])
+    assert list(rows) == ["source", "encoder", "target", "mix", "readout"]
+    ht, h0 = (network.hidden(source, target) for network in (model, reference))
+    dw, w0 = model.readout.weight - reference.readout.weight, reference.readout.weight
+    assert rows["readout"] == pytest.approx(
+        {"effective": rms(ht @ dw.T), "propagating": rms((ht - h0) @ w0.T), "input": rms(ht),
+         "input_change": rms(ht - h0)}, rel=1e-12)
+    aligned = metrics.alignment(model, reference, forms[0])
+    sharp = metrics.sharpness(model, F.mse_loss, forms[0], torch.zeros(3, 4, 5).double())
+    for x in forms[1:]:
+        assert metrics.refined_coordinate_check(model, reference, x) == rows
+        for name, row in metrics.alignment(model, reference, x).items():
+            assert row == pytest.approx(aligned[name], nan_ok=True, rel=1e-12, abs=0), name
+        assert metrics.sharpness(model, F.mse_loss, x, torch.zeros(3, 4, 5).double()) == sharp > 0
+    doubled = metrics.refined_coordinate_check(model, reference, {**forms[1], "scale": 2.0})
+    assert doubled["readout"]["input"] == pytest.approx(rms(model.hidden(source, target, 2.0)), rel=1e-12)
+    assert doubled["mix"] == rows["mix"] and doubled["readout"] != rows["readout"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_t5_of_transformers_is_measured_from_keyword_arguments(tied):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model, reference = perturbed(transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=13, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0,
+        tie_word_embeddings=tied)).double().eval())
+    x = {"input_ids": torch.randint(13, (2, 7), generator=seeded(0)),
+         "decoder_input_ids": torch.randint(13, (2, 5), generator=seeded(1))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")      # nothing is left out but what is never called
+        warnings.filterwarnings("ignore", r"not measured, as never called .*: shared \(Embedding\)$")
+        layers = metrics.updates(model, reference, x)
+    outputs = [bias_free_outputs(network, x, layers) for network in (model, reference)]
+    called = {name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    assert layers.keys() == called - {"shared"}
+    for name, layer in layers.items():
+        total = layer.effective if layer.propagating is None else layer.effective + layer.propagating
+        change = (outputs[0][name] - outputs[1][name]).flatten(0, -2)
+        assert change.norm() > 1e-3, name
+        tolerance = 1e-6 if name.endswith("layer_norm") else 1e-10      # T5's norms square in float32
+        assert (total - change).norm() <= tolerance * outputs[0][name].norm(), name
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_weight_that_is_a_buffer_is_not_measured_as_it_does_not_train(bias):
+    torch.manual_seed(0)
+    fixed = nn.Linear(4, 3, bias=bias)
+    weight = fixed.weight.detach()
+    del fixed.weight
+    fixed.register_buffer("weight", weight)
+    model, reference = perturbed(nn.Sequential(fixed, nn.Linear(3, 2)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert list(metrics.updates(model, reference, torch.randn(5, 4))) == ["1"]
+    assert [str(warning.message).endswith("unknown kind: 0 (Linear)") for warning in caught] == [True] * bias
+
+
 # ---- what a measurement leaves alone
 
 class Noisy(nn.Module):
@@ -352,10 +438,8 @@ def measure_all(model, reference, x, y):
         warnings.simplefilter("ignore")  # BatchNorm is not measured
         rows = metrics.refined_coordinate_check(model, reference, x)
         metrics.alignment(model, reference, x)
-        metrics.layer_statistics(model, reference, x)
     metrics.sharpness(model, F.cross_entropy, x, y)
     metrics.operator_norm(next(model.parameters()))
-    metrics.exponent_interval([1, 2], [[1, 2], [1, 3]])
     return rows
 
 
@@ -444,11 +528,9 @@ def test_alignment_matches_exact_norms():
     update, size = (xt @ dw.T).norm(dim=1), xt.norm(dim=1)
     norm, norm0 = torch.linalg.matrix_norm(dw, 2), torch.linalg.matrix_norm(w0, 2)
     propagating = (dx @ w0.T).norm(dim=1) / (norm0 * dx.norm(dim=1))
-    expected = {"rms_update": (update / (dw.norm() * size)).mean().item(),
-                "operator_update": (update / (norm * size)).mean().item(),
+    expected = {"operator_update": (update / (norm * size)).mean().item(),
                 "operator_propagating": propagating.mean().item()}
     assert row == pytest.approx(expected, rel=1e-3)
-    assert row["rms_update"] == pytest.approx(expected["rms_update"], rel=1e-12)
 
 
 def test_alignment_of_a_rank_one_update_along_its_input_is_one():
@@ -456,7 +538,6 @@ def test_alignment_of_a_rank_one_update_along_its_input_is_one():
     reference, x = copy.deepcopy(model), torch.randn(1, 10, dtype=torch.float64)
     model[0].weight.data += torch.outer(torch.randn(32, dtype=torch.float64), x[0])
     row = metrics.alignment(model, reference, x)["0"]
-    assert row["rms_update"] == pytest.approx(1, rel=1e-12)
     assert row["operator_update"] == pytest.approx(1, rel=1e-6)
 
 
@@ -474,13 +555,13 @@ def test_alignment_at_initialization_is_nan_and_samples_without_input_do_not_cou
 def test_alignment_and_check_reuse_one_capture_and_the_reference_norms():
     model, reference, x = block_pair()
     layers, norms = metrics.updates(model, reference, x), {}
-    first = metrics.alignment(model, reference, x, layers=layers, reference_norms=norms)
+    first = metrics.alignment(model, reference, x, layers=layers, norm_cache=norms)
     for name, row in metrics.alignment(model, reference, x).items():
         assert row == pytest.approx(first[name], nan_ok=True)
     exact = torch.linalg.matrix_norm(reference.up.weight, 2).item()
     assert norms["up"] == pytest.approx(exact, rel=1e-3)
     norms["up"] *= 2  # a looked-up norm is used
-    again = metrics.alignment(model, reference, x, layers=layers, reference_norms=norms)
+    again = metrics.alignment(model, reference, x, layers=layers, norm_cache=norms)
     half = first["up"]["operator_propagating"] / 2
     assert again["up"]["operator_propagating"] == pytest.approx(half)
 
@@ -492,7 +573,76 @@ def test_a_diverged_model_gives_nan_not_an_error():
     assert math.isnan(metrics.alignment(model, reference, x)["2"]["operator_update"])
     assert math.isnan(metrics.sharpness(model, F.cross_entropy, x, torch.arange(20) % 3))
     x[0] = math.nan  # one sample is enough
-    assert math.isnan(metrics.alignment(model, reference, x)["0"]["rms_update"])
+    assert math.isnan(metrics.alignment(model, reference, x)["0"]["operator_update"])
+
+
+# ---- what is tracked of one step
+
+def tracked(model, reference, x, y, **kwargs):
+    with torch.no_grad():
+        logits = reference(x)
+    return list(metrics.measurements(model, reference, x, y, stack.LOSSES["ce"], logits, **kwargs))
+
+
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_measurements_are_a_row_per_module_and_one_of_the_logits(captured, aligned):
+    model, reference, x = mlp_pair()
+    y, cache = torch.arange(20) % 3, {}
+    with torch.no_grad():
+        logits, logits0 = model(x), reference(x)
+    start = metrics.capture(reference, x) if captured else reference
+    *rows, last = metrics.measurements(model, start, x, y, stack.LOSSES["ce"], logits0,
+                                       norm_cache=cache if aligned else None)
+    check = metrics.refined_coordinate_check(model, reference, x)
+    alignment = metrics.alignment(model, reference, x)
+    for layer, (name, row) in enumerate(zip(["0", "2", "4"], rows, strict=True)):
+        expected = {"layer": layer, **check[name], **(alignment[name] if aligned else {})}
+        assert row.pop("module") == name
+        assert row == pytest.approx(expected, nan_ok=True, rel=1e-12, abs=0)
+    assert list(cache) == (["0", "2", "4"] if aligned else [])
+    chi = logits.softmax(-1) - F.one_hot(y, 3)
+    expected = {"layer": 3, "loss": F.cross_entropy(logits, y).item(), "change": rms(logits - logits0),
+                "rms": rms(logits), "chi": rms(chi)}
+    assert last.pop("module") == ""
+    assert last == pytest.approx(expected, rel=1e-12)
+
+
+def test_measurements_of_tokens_are_means_over_all_of_them():
+    model, reference, tokens = block_pair()
+    targets = (tokens + 1) % 11
+    *rows, last = tracked(model, reference, tokens, targets)
+    assert [row["module"] for row in rows] == list(metrics.updates(model, reference, tokens))
+    with torch.no_grad():
+        logits, logits0 = model(tokens), reference(tokens)
+    chi = logits.softmax(-1) - F.one_hot(targets, 11)
+    expected = {"loss": ce_of_tokens(logits, targets).item(), "change": rms((logits - logits0).flatten(0, 1)),
+                "rms": rms(logits.flatten(0, 1)), "chi": rms(chi.flatten(0, 1))}
+    assert {key: last[key] for key in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_measurements_take_the_arguments_that_the_model_takes():
+    model, reference, source, target = translator_pair()
+    logits = reference(source, target).detach()
+    for x in ((source, target), {"target": target, "source": source}):
+        *rows, last = metrics.measurements(model, reference, x, target, stack.LOSSES["ce"], logits)
+        assert [row["module"] for row in rows] == ["source", "encoder", "target", "mix", "readout"]
+        assert last["rms"] == pytest.approx(rms(model(source, target).flatten(0, 1)), rel=1e-12)
+
+
+def test_measurements_are_taken_in_evaluation_mode_and_leave_buffers_and_generators_alone():
+    torch.manual_seed(0)
+    hidden = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)
+    model = nn.Sequential(*hidden, nn.Linear(8, 3), Counting(), Noisy())
+    reference, x, y = copy.deepcopy(model), torch.randn(10, 6), torch.arange(10) % 3
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # BatchNorm is not measured
+        list(metrics.measurements(model, reference, x, y, stack.LOSSES["ce"], torch.zeros(10, 3), {}))
+    assert torch.equal(torch.get_rng_state(), state) and all(module.training for module in model.modules())
+    for network in (model, reference):
+        assert all(torch.equal(b, buffers[name]) for name, b in network.named_buffers())
 
 
 # ---- operator norm
@@ -525,14 +675,17 @@ def test_the_largest_eigenvalue_survives_krylov_spaces_that_close_at_once(kind):
     for n in (2, 3, 4, 5, 6, 8, 12, 33, 64):
         for scale in (1, 0.3, 1.7, -0.3):
             a = scale * DIAGONALS[kind](n)
-            largest = pytest.approx(a.max().item(), rel=1e-5, abs=1e-6)
-            for block in (1, 2):
-                found = metrics._top_eigenvalue(lambda rows, a=a: rows * a, n, a, 1e-4, 100, block)
-                assert found == largest, (n, scale, block)
+            for dtype, error in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+                values = a.to(dtype)
+                largest = metrics._largest_eigenvalue(lambda v, a=values: v * a, values)
+                expected = pytest.approx(values.max().item(), rel=error, abs=error)
+                assert largest == expected, (n, scale, dtype)
 
 
-def test_two_starting_vectors_find_a_direction_that_one_all_but_misses():
-    g = seeded(3535)  # one such among seeds 0..3999
+@pytest.mark.parametrize("seed", [74, 3364, 3535])
+def test_a_direction_that_the_start_all_but_misses_does_not_end_the_iteration_early(seed):
+    """Of seeds 0 to 3999 these three had an error above 0.001 when fifteen steps could be enough."""
+    g = seeded(seed)
     n = int(torch.randint(20, 200, (1,), generator=g))
     values = torch.rand(n, generator=g, dtype=torch.float64) ** 3
     assert metrics.operator_norm(values.diag()) == pytest.approx(values.max().item(), rel=1e-3)
@@ -544,7 +697,7 @@ def test_operator_norm_is_within_a_thousandth_of_the_exact_norm(name, dtype):
     matrix = OPERATORS[name].to(dtype)
     exact = torch.linalg.matrix_norm(matrix.double(), ord=2).item()
     for weight in (matrix, matrix.T):
-        assert metrics.operator_norm(weight) == pytest.approx(exact, rel=1e-3)
+        assert metrics.operator_norm(weight) == pytest.approx(exact, rel=1e-3, abs=0)
 
 
 def test_operator_norm_over_many_random_spectra():
@@ -552,8 +705,24 @@ def test_operator_norm_over_many_random_spectra():
         g, power = seeded(seed), [0.02, 0.1, 0.5, 3][seed % 4]
         m, n = torch.randint(20, 200, (2,), generator=g).tolist()
         values = torch.rand(min(m, n), generator=g, dtype=torch.float64) ** power
-        found = metrics.operator_norm(spectrum(values, m, n, seed))
-        assert found == pytest.approx(values.max().item(), rel=1e-3)
+        largest = metrics.operator_norm(spectrum(values, m, n, seed))
+        assert largest == pytest.approx(values.max().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e36, 1e-42])
+@pytest.mark.parametrize("shape", [(64, 64), (300, 3), (3, 300), (1, 7), (7, 1)])
+def test_the_operator_norm_survives_the_ends_of_float32(scale, shape):
+    weight = (scale * normal(*shape, seed=6)).float()
+    exact = torch.linalg.matrix_norm(weight.double(), ord=2).item()
+    assert metrics.operator_norm(weight) == pytest.approx(exact, rel=1e-3, abs=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_operator_norm_of_a_matrix_that_is_not_finite_is_nan(bad):
+    for entry in ((0, 0), (2, 1)):
+        weight = torch.ones(3, 4)
+        weight[entry] = bad
+        assert math.isnan(metrics.operator_norm(weight))
 
 
 def test_operator_norm_of_zero_gains_convolutions_bfloat16_and_nan():
@@ -574,43 +743,17 @@ def test_operator_norm_is_deterministic_and_warns_when_it_stops_early():
     first = metrics.operator_norm(weight)
     torch.manual_seed(2)
     assert metrics.operator_norm(weight) == first
-    with pytest.warns(UserWarning, match="raise max_steps"):
-        metrics.operator_norm(weight, max_steps=4)
+    square = weight @ weight.T
+    with pytest.warns(UserWarning, match="has residual .* after 4 steps"):
+        metrics._largest_eigenvalue(lambda v: square @ v, square[0], max_steps=4)
 
 
-# ---- layer and logit statistics, gradients
-
-def test_layer_statistics_count_dead_units_and_the_output_change():
-    model, reference, x = mlp_pair()
-    model[2].weight.data[:8], model[2].bias.data[:8] = 0, -1  # eight of 32 units dead
-    stats = metrics.layer_statistics(model, reference, x)["4"]
-    dead = (model[:4](x) == 0).all(dim=0)
-    assert stats["dead_inputs"] == pytest.approx(dead.double().mean().item())
-    assert 8 <= dead.sum() < 32
-    output = model[:4](x) @ model[4].weight.T
-    output0 = reference[:4](x) @ reference[4].weight.T
-    assert stats["output"] == pytest.approx(rms(output))
-    assert stats["output_change"] == pytest.approx(rms(output - output0))
-
+# ---- sharpness
 
 def ce_of_tokens(logits, targets):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def test_logit_statistics_against_the_closed_forms_of_cross_entropy_and_mse():
-    logits = normal(6, 2, 5)  # (B, T, V)
-    targets = torch.arange(12).view(6, 2) % 5
-    onehot = F.one_hot(targets, 5).double()
-    stats = metrics.logit_statistics(logits, targets, ce_of_tokens)
-    margin = (logits * onehot).sum(-1) - (logits - 1e9 * onehot).amax(-1)
-    chi = rms(logits.softmax(-1) - onehot)
-    expected = {"rms": rms(logits), "margin": margin.mean().item(), "chi": chi}
-    assert stats == pytest.approx(expected, rel=1e-9)
-    mse = metrics.logit_statistics(logits, targets, lambda z, y: F.mse_loss(z, onehot))
-    assert mse["chi"] == pytest.approx(rms(2 / 5 * (logits - onehot)), rel=1e-12)
-
-
-# ---- sharpness
 
 class Quadratic(nn.Module):
     """Two parameter tensors p, q; model(A) is [p, q]^T A [p, q] / 2, whose Hessian is A."""
@@ -637,8 +780,35 @@ SPECTRA = {
 @pytest.mark.parametrize("name", SPECTRA)
 def test_sharpness_is_the_most_positive_eigenvalue(name):
     values = SPECTRA[name].double()
-    found = metrics.sharpness(Quadratic(), lambda output, target: output, symmetric(values), None)
-    assert found == pytest.approx(values.max().item(), rel=1e-2, abs=1e-9)
+    largest = metrics.sharpness(Quadratic(), lambda output, target: output, symmetric(values), None)
+    assert largest == pytest.approx(values.max().item(), rel=1e-2, abs=1e-9)
+
+
+@pytest.mark.parametrize("power", [0.02, 0.5, 3, 8])
+def test_sharpness_over_many_random_spectra_of_both_signs(power):
+    for seed in range(12):
+        g, n = seeded(seed), (4, 8, 40, 120)[seed % 4]
+        values = torch.rand(n, generator=g, dtype=torch.float64) ** power
+        values *= torch.randn(n, generator=g, dtype=torch.float64).sign()
+        largest = metrics.sharpness(Quadratic(n), lambda output, target: output, symmetric(values), None)
+        assert largest == pytest.approx(values.max().item(), rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", DIAGONALS)
+def test_sharpness_survives_krylov_spaces_that_close_at_once(kind):
+    for n in (4, 8, 64):
+        for scale in (1, 0.3, -0.3):
+            a = scale * DIAGONALS[kind](n).double()
+            largest = metrics.sharpness(Quadratic(n), lambda output, target: output, a.diag(), None)
+            assert largest == pytest.approx(a.max().item(), rel=1e-9, abs=1e-12), (n, scale)
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e20, 1e-20, 1e-30])
+@pytest.mark.parametrize("name", ["positive", "negative dominant", "all negative", "ill separated"])
+def test_sharpness_does_not_depend_on_the_unit_of_the_loss_in_float32(name, scale):
+    hessian = (scale * symmetric(SPECTRA[name].double())).float()
+    largest = metrics.sharpness(Quadratic().float(), lambda output, target: output, hessian, None)
+    assert largest == pytest.approx(scale * SPECTRA[name].max().item(), rel=1e-2, abs=0)
 
 
 def exact_hessian(model, loss_fn, x, y):
@@ -646,8 +816,8 @@ def exact_hessian(model, loss_fn, x, y):
 
     def loss(flat):
         parts = flat.split([p.numel() for p in parameters.values()])
-        given = {name: part.view_as(parameters[name]) for name, part in zip(parameters, parts)}
-        return loss_fn(torch.func.functional_call(model, given, (x,)), y)
+        weights = {name: part.view_as(parameters[name]) for name, part in zip(parameters, parts)}
+        return loss_fn(torch.func.functional_call(model, weights, (x,)), y)
 
     return torch.func.hessian(loss)(torch.cat([p.flatten() for p in parameters.values()]))
 
@@ -663,24 +833,6 @@ def test_sharpness_of_a_small_net_is_within_one_percent_of_the_exact_hessian(sig
     assert metrics.sharpness(model, loss_fn, x, y) == pytest.approx(top, rel=1e-2)
     single = metrics.sharpness(copy.deepcopy(model).float(), loss_fn, x.float(), y)
     assert single == pytest.approx(top, rel=1e-2)
-
-
-def test_preconditioned_sharpness_is_that_of_the_similar_matrix():
-    model, _, x = mlp_pair(sizes=(6, 12, 3))
-    y, g = torch.arange(20) % 3, seeded(0)
-    preconditioner = {name: 10 ** torch.randn(p.shape, generator=g, dtype=torch.float64)
-                      for name, p in model.named_parameters()}
-    flat = torch.cat([p.flatten() for p in preconditioner.values()])
-    hessian = exact_hessian(model, F.cross_entropy, x, y)
-    # P^-1 H has the same eigenvalues.
-    exact = torch.linalg.eigvals(hessian / flat[:, None]).real.max().item()
-    for given in (preconditioner, list(preconditioner.values())):
-        found = metrics.sharpness(model, F.cross_entropy, x, y, preconditioner=given)
-        assert found == pytest.approx(exact, rel=1e-2)
-    for entry in (torch.zeros(3), torch.ones(1), torch.ones(3, 1), None):
-        bad = {**preconditioner, "2.bias": entry}
-        with pytest.raises(ValueError, match=r"'2.bias' must be a positive tensor of shape \(3,\)"):
-            metrics.sharpness(model, F.cross_entropy, x, y, preconditioner=bad)
 
 
 def test_sharpness_is_right_where_gradients_are_switched_off():
@@ -725,101 +877,6 @@ def test_a_calibrated_model_has_small_calibration_error_and_doubling_its_logits_
     targets = torch.multinomial(logits.softmax(dim=-1), 1, generator=g).squeeze(1)
     assert metrics.expected_calibration_error(logits, targets) < 0.015
     assert metrics.expected_calibration_error(2 * logits, targets) > 0.05
-
-
-# ---- exponents
-
-def test_fit_exponent_recovers_a_power_law_exactly():
-    widths = [64, 128, 512, 1024]
-    slope, intercept = metrics.fit_exponent(widths, [3 * n**-0.5 for n in widths])
-    assert slope == pytest.approx(-0.5, abs=1e-12)
-    assert intercept == pytest.approx(math.log(3), abs=1e-11)
-    factors = torch.rand(3, 4, generator=seeded(0), dtype=torch.float64) + 0.1
-    factors = factors / factors.log().mean(dim=0).exp()  # geometric mean over seeds: 1
-    values = factors * 3 * torch.tensor(widths, dtype=torch.float64) ** -0.5
-    assert metrics.fit_exponent(widths, values) == pytest.approx((slope, intercept), abs=1e-11)
-
-
-@pytest.mark.parametrize("widths, values, message", [
-    ([1, 2, 3], [1.0, math.nan, 2.0], "nan"),
-    ([1, 2], [1.0, math.inf], "inf"),
-    ([1, 2], [[1.0, 2.0], [-3.5, 1.0]], "-3.5"),
-    ([1, 2], [0.0, 1.0], r"\[0.0\]"),
-    ([8, 8], [1.0, 2.0], "two distinct widths"),
-    ([1, 2, 3], [1.0, 2.0], "need"),
-])
-def test_values_without_an_exponent_are_refused_and_named(widths, values, message):
-    for fit in (metrics.fit_exponent, metrics.exponent_interval):
-        with pytest.raises(ValueError, match=message):
-            fit(widths, values)
-
-
-@pytest.mark.parametrize("seeds, count", [(3, 5), (3, 3), (2, 5), (5, 4), (1, 5)])
-@pytest.mark.parametrize("equal_noise", [False, True])
-def test_exponent_interval_covers_the_exponent_about_as_often_as_it_says(seeds, count, equal_noise):
-    """Of 2000 repetitions 0.947 to 0.956 with one variance for all widths, 0.954 to 0.974 without: 500 of them have
-    a standard deviation of 0.010."""
-    generator, covered = torch.Generator().manual_seed(0), 0
-    widths = 64.0 * 2 ** torch.arange(count)
-    for _ in range(500):
-        noise = 0.3 * torch.randn(seeds, count, generator=generator)
-        values = (noise - 0.5 * widths.log()).exp()
-        low, high = metrics.exponent_interval(widths, values, equal_noise=equal_noise)
-        covered += low <= -0.5 <= high
-    assert 0.905 <= covered / 500 <= (0.99 if equal_noise else 1.0)
-
-
-def coverage_of(scale, shared, **kwargs):
-    """(coverage, mean width) for three seeds: noise of these scales (W,), and a common one of each seed."""
-    generator, covered, sizes = torch.Generator().manual_seed(1), 0, []
-    widths, scale = 64.0 * 2 ** torch.arange(len(scale)), torch.tensor(scale)
-    for _ in range(800):
-        effect = shared * torch.randn(3, 1, generator=generator)
-        noise = scale * torch.randn(3, len(scale), generator=generator) + effect
-        low, high = metrics.exponent_interval(widths, (noise - 0.5 * widths.log()).exp(), **kwargs)
-        covered += low <= -0.5 <= high
-        sizes.append(high - low)
-    return covered / 800, sum(sizes) / 800
-
-
-def test_widths_that_are_not_equally_noisy_are_covered_and_one_variance_for_all_would_not_do():
-    scale = [0.5, 0.1, 0.1, 0.1, 0.5]
-    assert coverage_of(scale, 0.0)[0] >= 0.91                           # 0.950 ± 0.008
-    assert coverage_of(scale, 0.0, equal_noise=True)[0] < 0.9           # 0.839 ± 0.013
-
-
-def test_what_a_seed_does_at_every_width_alike_does_not_widen_the_interval():
-    for equal_noise in (False, True):
-        alone = coverage_of([0.1] * 5, 0.0, equal_noise=equal_noise)
-        beside = coverage_of([0.1] * 5, 1.0, equal_noise=equal_noise)
-        assert beside == pytest.approx(alone, rel=0.1) and beside[0] >= 0.91
-
-
-def test_exponent_interval_without_spread_is_the_point_and_the_grids_resolution_widens_it():
-    widths = [64, 128, 256, 512]
-    values = [[n ** -0.5 for n in widths]] * 3
-    assert metrics.exponent_interval(widths, values) == pytest.approx((-0.5, -0.5), abs=1e-7)
-    low, high = metrics.exponent_interval(widths, values, resolution=2.0)
-    log_n = torch.tensor(widths).double().log()
-    step = math.log(2) / math.sqrt(12)  # standard deviations: of a value
-    spread = step / (log_n - log_n.mean()).norm().item()  # and of the slope
-    assert high - low == pytest.approx(2 * metrics.t_quantile(0.975, 6) * spread)
-    half = metrics.exponent_interval(widths, values, resolution=[2.0, 1.0, 1.0, 2.0])
-    assert 0 < half[1] - half[0] < high - low
-    assert all(math.isnan(v) for v in metrics.exponent_interval(widths[:2], [values[0][:2]]))
-
-
-@pytest.mark.parametrize("probability, freedom, value", [
-    (0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 4, 2.77645), (0.975, 8, 2.30600), (0.95, 3, 2.35336),
-    (0.995, 10, 3.16927), (0.9999, 2, 70.7001), (0.75, 1, 1.0), (0.975, 120, 1.97993),
-    (0.975, math.inf, 1.95996)])
-def test_t_quantile_against_published_tables(probability, freedom, value):
-    assert metrics.t_quantile(probability, freedom) == pytest.approx(value, rel=3e-6)
-
-
-def test_t_quantile_of_a_fraction_of_a_degree_lies_between_those_of_its_neighbours():
-    few, between, more = (metrics.t_quantile(0.975, freedom) for freedom in (2, 2.5, 3))
-    assert more < between < few
 
 
 # ---- other people's models

@@ -1,5 +1,6 @@
 """stack.py against torch, one run at a time: losses, constant predictors, optimizers, any module."""
 import copy
+import itertools
 import textwrap
 from functools import partial
 
@@ -7,12 +8,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import param
 import stack
-from stack import LOSSES, Rule, advance, drop_, make, mlp_network, module_network
+from stack import (
+    LOSSES,
+    Rule,
+    advance,
+    constant_loss,
+    constant_loss_of_targets,
+    drop_,
+    make,
+    mlp_network,
+    module_network,
+)
 
-CE, MSE, PLAIN = LOSSES["ce"].function, LOSSES["mse"].function, Rule("sgd")
+CE, MSE, PLAIN = LOSSES["ce"], LOSSES["mse"], Rule("sgd")
 
 
 def seeded(seed):
@@ -67,7 +79,7 @@ TORCH = {
     "squared_hinge": (partial(margin, p=2), [{"reduction": "sum"}, {"margin": 2.0}, {"p": 1}]),
 }
 OPTIONS = [(name, {}) for name in TORCH]
-OPTIONS += [("ce", {"smoothing": 0.1}), ("huber", {"delta": 0.3}), ("huber", {"delta": 10.0})]
+OPTIONS += [("huber", {"delta": 0.3}), ("huber", {"delta": 10.0})]
 
 
 def is_derivative(chi, loss, z, y):
@@ -78,7 +90,7 @@ def is_derivative(chi, loss, z, y):
 
 
 def test_the_tables_of_losses_have_the_same_names():
-    assert LOSSES.keys() == param.LOSSES.keys() == TORCH.keys()
+    assert LOSSES.keys() == param.LOSS_PROPERTIES.keys() == TORCH.keys()
 
 
 @pytest.mark.parametrize("name, options", OPTIONS, ids=str)
@@ -86,7 +98,7 @@ def test_losses_and_derivatives_are_torchs_and_not_their_neighbours(name, option
     reference, confusions = TORCH[name]
     reference = partial(reference, **options)
     logits, y = 2 * normal(2, 8, 4), labels(2, 8, classes=4)            # two replicas
-    losses, chi = LOSSES[name].function(logits, y, **options)
+    losses, chi = LOSSES[name](logits, y, **options)
     assert losses.shape == (2, 8) and chi.shape == (2, 8, 4)
     for r in range(2):
         mean = losses[r].mean().item()
@@ -102,12 +114,38 @@ def test_losses_and_derivatives_are_torchs_and_not_their_neighbours(name, option
 @pytest.mark.parametrize("name", LOSSES)
 def test_derivatives_are_bounded_and_vanish_as_params_table_says(name):
     def largest(logits, y):
-        return LOSSES[name].function(logits, y)[1].abs().max().item()
+        return LOSSES[name](logits, y)[1].abs().max().item()
 
-    logits, y = normal(16, 4), labels(16, classes=4)
-    assert (largest(1e6 * logits, y) < 2 * largest(1e3 * logits, y) + 1) == param.LOSSES[name].bounded
+    (logits, y), properties = (normal(16, 4), labels(16, classes=4)), param.LOSS_PROPERTIES[name]
+    assert (largest(1e6 * logits, y) < 2 * largest(1e3 * logits, y) + 1) == properties.bounded
     saturated = torch.tensor([[0.0, 1e3]])
-    assert (largest(saturated, torch.tensor([0])) < 1e-6) == param.LOSSES[name].vanishes
+    assert (largest(saturated, torch.tensor([0])) < 1e-6) == properties.vanishes
+
+
+def real_targets(*shape):
+    return 3 * normal(*shape, seed=7)
+
+
+REAL = {"mse": (F.mse_loss, {}), "huber": (F.huber_loss, {"delta": 0.7})}
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("shape", [(8, 4), (8, 1), (3, 5, 4)], ids=str)
+def test_mse_and_huber_of_real_valued_targets_and_their_derivatives_are_torchs(name, shape):
+    reference, options = REAL[name]
+    outputs, y = normal(2, *shape).requires_grad_(), real_targets(2, *shape)        # two replicas
+    losses, chi = LOSSES[name](outputs.detach(), y, **options)
+    expected = reference(outputs, y, reduction="none", **options)
+    assert losses.shape == (2, *shape[:-1]) and close(losses, expected.mean(-1))
+    gradient, = torch.autograd.grad(expected.mean(-1).sum(), outputs)
+    assert close(chi, gradient) and chi.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_classes_are_one_hot_targets(name):
+    logits, y = normal(8, 4), labels(8, classes=4)
+    for a, b in zip(LOSSES[name](logits, y), LOSSES[name](logits, one_hot(logits, y))):
+        assert close(a, b)
 
 
 # ---- the best constant predictor ----
@@ -140,18 +178,20 @@ def lowest_of_constants(loss, p, restarts=6, steps=600):
 
 
 FREQUENCIES = [
-    (0.8, 0.2), (0.5, 0.3, 0.2), (0.27, 0.2, 0.15, 0.1, 0.08, 0.07, 0.05, 0.04, 0.03, 0.01)]
+    (0.8, 0.2), (0.5, 0.3, 0.2), (0.27, 0.2, 0.15, 0.1, 0.08, 0.07, 0.05, 0.04, 0.03, 0.01),
+    (0.24, 0.17, 0.015, 0.005, 0.57), (0.25, 0.25, 0.25, 0.25), (0.97, 0.01, 0.01, 0.01),
+    (0.4, 0.35, 0.25, 0.0)]
 
 
-@pytest.mark.parametrize("p", FREQUENCIES, ids=len)
+@pytest.mark.parametrize("p", FREQUENCIES, ids=str)
 @pytest.mark.parametrize("name, options", OPTIONS, ids=str)
 def test_the_best_constant_predictor_is_the_one_that_a_search_finds(name, options, p):
     p = torch.tensor(p, dtype=torch.float64)
-    best = LOSSES[name].constant(p, **options)
-    found = lowest_of_constants(per_sample(name, options), p)
-    assert best <= found + 1e-9                                     # nothing is better
-    assert best == pytest.approx(found, rel=2e-4)
-    reordered = LOSSES[name].constant(p.flip(0), **options)
+    best = constant_loss(LOSSES[name], p, **options)
+    lowest = lowest_of_constants(per_sample(name, options), p)
+    assert best <= lowest + 1e-9                                    # nothing is better
+    assert best == pytest.approx(lowest, rel=1e-4)
+    reordered = constant_loss(LOSSES[name], p.flip(0), **options)
     assert reordered == pytest.approx(best, rel=1e-9)
 
 
@@ -160,13 +200,98 @@ def test_of_two_classes_it_is_the_lowest_of_a_fine_grid(name, options):
     p, line = torch.tensor([0.7, 0.3]).double(), torch.linspace(-2, 2, 201).double()
     z, loss = torch.cartesian_prod(line, line), per_sample(name, options)
     grid = sum(p[c] * loss(z, torch.full((len(z),), c)) for c in (0, 1))
-    best = LOSSES[name].constant(p, **options)
+    best = constant_loss(LOSSES[name], p, **options)
     assert grid.min().item() - 1e-3 < best <= grid.min().item() + 1e-9
 
 
 def test_a_class_that_never_occurs_costs_no_cross_entropy():
-    constant = LOSSES["ce"].constant
-    assert constant(torch.tensor([0.7, 0.3])) == constant(torch.tensor([0.7, 0.3, 0.0]))
+    two, three = torch.tensor([0.7, 0.3]), torch.tensor([0.7, 0.3, 0.0])
+    assert constant_loss(CE, two) == constant_loss(CE, three)
+
+
+def random_frequencies(seed):
+    """Of 3 to 5 classes, from even to one class that nearly always occurs."""
+    p = torch.rand(3 + seed % 3, generator=seeded(seed), dtype=torch.float64) ** (1 + seed % 6)
+    return p / p.sum()
+
+
+def test_the_hinges_best_constant_is_the_lowest_over_small_whole_numbers():
+    for p in map(random_frequencies, range(30)):
+        classes = len(p)
+        z = torch.tensor([*itertools.product(range(-classes + 1, 1), repeat=classes)]).double()
+        expected = sum(p[c] * margin(z, torch.full((len(z),), c), reduction="none") for c in range(classes))
+        assert constant_loss(LOSSES["hinge"], p) == pytest.approx(expected.min().item(), rel=1e-12)
+
+
+def test_the_hinge_of_uneven_classes_is_the_value_computed_by_hand():
+    """Logits 0 for the class of 0.57, -1 for those of 0.24 and 0.17, -2 for the others. A sample of the first
+    violates no margin, of the next two the first's by 2 and the other's by 1, of the last two all four."""
+    p = torch.tensor([0.24, 0.17, 0.015, 0.005, 0.57], dtype=torch.float64)
+    by_hand = (0.24 * (2 + 1) + 0.17 * (2 + 1) + (0.015 + 0.005) * (3 + 2 + 2 + 1)) / 5
+    assert by_hand == pytest.approx(0.278)
+    assert constant_loss(LOSSES["hinge"], p) == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_the_squared_hinge_of_even_classes_is_that_of_equal_logits():
+    for classes in (2, 3, 10):
+        p = torch.full((classes,), 1 / classes)
+        assert constant_loss(LOSSES["squared_hinge"], p) == pytest.approx((classes - 1) / classes)
+    # two classes: logits z and -z, p (1 - 2z)² + (1 - p) (1 + 2z)² is lowest at 2z = 2p - 1
+    p = 0.8
+    lowest = (p * (2 - 2 * p) ** 2 + (1 - p) * (2 * p) ** 2) / 2
+    assert constant_loss(LOSSES["squared_hinge"], torch.tensor([p, 1 - p])) == pytest.approx(lowest, rel=1e-7)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest number of elements of what any operation returns."""
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_of_fifty_thousand_classes_no_table_of_pairs_is_made(name):
+    classes = 50_000
+    p = 1 / torch.arange(1, classes + 1, dtype=torch.float64)           # Zipf's law, as of tokens
+    p /= p.sum()
+    even = torch.full((classes,), 1 / classes, dtype=torch.float64)
+    with LargestTensor() as largest:
+        best, of_even = constant_loss(LOSSES[name], p), constant_loss(LOSSES[name], even)
+    assert classes <= largest.elements <= classes + 1
+    variance = (1 - p.square().sum().item()) / classes
+    exact = {"ce": -(p * p.log()).sum().item(), "mse": variance, "brier": variance, "huber": variance / 2}
+    if name in exact:
+        assert best == pytest.approx(exact[name], rel=1e-9, abs=0)
+    else:
+        assert 0 < best < 0.3 * of_even and of_even == pytest.approx(1 - 1 / classes, rel=1e-9)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_of_real_valued_targets_mse_has_their_variance(outputs):
+    y = real_targets(200, outputs) ** 2
+    variance = y.var(0, correction=0).mean().item()
+    assert constant_loss_of_targets(MSE, y) == pytest.approx(variance, rel=1e-9)
+    assert constant_loss_of_targets(MSE, y.float()) == pytest.approx(variance, rel=1e-6)
+    assert constant_loss_of_targets(MSE, torch.full((9, outputs), 3.0)) == 0
+
+
+@pytest.mark.parametrize("delta", [0.01, 0.3, 1.0, 30.0])
+def test_of_real_valued_targets_hubers_best_constant_is_where_the_clipped_errors_cancel(delta):
+    y, expected = real_targets(200, 3) ** 3, []
+    for column in y.T:
+        low, high = column.min(), column.max()
+        for _ in range(100):                    # bisection: the mean derivative grows with the constant
+            middle = (low + high) / 2
+            positive = (middle - column).clamp(-delta, delta).mean() > 0
+            low, high = (low, middle) if positive else (middle, high)
+        expected.append(F.huber_loss(middle.expand(200), column, delta=delta).item())
+    best = constant_loss_of_targets(partial(LOSSES["huber"], delta=delta), y)
+    assert best == pytest.approx(sum(expected) / 3, rel=1e-6)
 
 
 # ---- training: any module against torch.optim, one run at a time ----
@@ -186,12 +311,10 @@ class Net(nn.Module):
 class Bare(nn.Module):
     """A bias-free MLP; without a norm, large learning rates diverge."""
 
-    def __init__(self, relu=True):
+    def __init__(self):
         super().__init__()
         layers = [nn.Linear(n, m, bias=False) for n, m in ((6, 8), (8, 8), (8, 3))]
-        if relu:
-            layers = [layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]]
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
     def forward(self, x):
         return self.layers(x)
@@ -207,11 +330,11 @@ class Tied(Bare):
 
 
 def nets(count, kind=Net):
-    found = []
+    models = []
     for seed in range(count):
         torch.manual_seed(seed)
-        found.append(kind().double())
-    return found
+        models.append(kind().double())
+    return models
 
 
 def stack_of(models, lrs, rule=PLAIN, **decay):
@@ -317,26 +440,27 @@ def test_replicas_that_diverge_leave_and_the_others_train_on_as_if_alone(name):
         drop_(runs, loss.isfinite())
         alive = alive[loss.isfinite()]
     assert alive.tolist() == [0, 2]
-    assert all(len(tensor) == 2 for tensors in stack.state(runs).values() for tensor in tensors)
+    kept = {"weights", "lr", "weight_decay", "eps", "first", "second"} & runs.keys()
+    assert len(kept) == 4 + rule.moments
+    assert all(len(tensor) == 2 for key in kept for tensor in runs[key])
     for position, r in enumerate(alive.tolist()):
         solver = optimizer(models[r].parameters(), lrs[r], **decay)
         run_alone(models[r], solver, squared, x[:, r], y[:, r], rule.clip)
         assert same_weights(runs, position, models[r])
 
 
-@pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_mlps_written_out_backward_pass_is_autograds(name, relu):
-    model, loss = Bare(relu).double(), LOSSES[name].function
+def test_the_mlps_written_out_backward_pass_is_autograds(name):
+    model, loss = Bare().double(), LOSSES[name]
     weights = [normal(2, *w.shape, seed=i) for i, w in enumerate(model.parameters())]
     x, y, lr = normal(2, 16, 6), labels(2, 16), [0.1, 0.2, 0.3]
-    written, automatic = mlp_network(loss, relu), module_network(model, loss)
+    written, automatic = mlp_network(loss), module_network(model, loss)
     assert close(written.forward(weights, x), automatic.forward(weights, x))
     grads, losses, logits = automatic.gradients(weights, x, y)
     mine, *others = written.gradients(weights, x, y, None)
     assert all(close(a, b) for a, b in zip([*mine, *others], [*grads, losses, logits]))
     expected = [w - step * g for w, step, g in zip(weights, lr, grads)]
-    assert close(written.descend(weights, x, y, lr)[0], losses)
+    assert all(close(a, b) for a, b in zip(written.sgd_step(weights, x, y, lr), (losses, logits)))
     assert all(close(w, then) for w, then in zip(weights, expected))
 
 
@@ -373,6 +497,69 @@ def test_a_users_loss_trains_with_its_own_derivative(kind, loss, of_torch, speed
     losses = [advance(runs, x[step], y[step], network, PLAIN)[0].item() for step in range(6)]
     alone = run_alone(model, SGD(model.parameters(), speed * 0.05), of_torch, x[:, 0], y[:, 0])
     assert losses == pytest.approx(alone, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("name", REAL)
+def test_a_stack_trains_on_real_valued_targets_as_torch_does(kind, name):
+    reference, options = REAL[name]
+    models, x, y = nets(1, Bare), normal(6, 1, 16, 6), real_targets(6, 1, 16, 3)
+    runs = stack_of(models, 0.05)
+    network = NETWORKS[kind](copy.deepcopy(models[0]), partial(LOSSES[name], **options))
+    losses = [advance(runs, x[step], y[step], network, PLAIN)[0].item() for step in range(6)]
+    alone, solver = [], SGD(models[0].parameters(), 0.05)
+    for x_step, y_step in zip(x, y):
+        solver.zero_grad()
+        alone.append(reference(models[0](x_step[0]), y_step[0], **options))
+        alone[-1].backward()
+        solver.step()
+    assert losses == pytest.approx([value.item() for value in alone], rel=1e-12)
+    assert same_weights(runs, 0, models[0])
+
+
+class Routed(nn.Module):
+    """Two experts, for samples whose first entry is positive or not; one without samples is not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 3) for _ in range(2))
+
+    def forward(self, x):
+        logits = x.new_zeros(len(x), 3)
+        for expert, chosen in zip(self.experts, (x[:, 0] > 0, x[:, 0] <= 0)):
+            if chosen.any():
+                logits = logits.index_add(0, chosen.nonzero().flatten(), expert(x[chosen]))
+        return logits
+
+
+class Idle(nn.Module):
+    """A layer, and parameters that no output depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 3) for _ in range(2))
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.experts[0](x)
+
+
+@pytest.mark.parametrize("kind, alone", [(Routed, True), (Idle, True), (Idle, False)])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw"])
+def test_parameters_that_a_batch_does_not_reach_have_gradient_zero_and_stay(kind, alone, name):
+    rule, _, decay = RULES[name]
+    models = nets(1 if alone else 2, kind)
+    runs, (x, y) = stack_of(models, [0.1] * len(models), rule, **decay), batches(2, len(models), 16)
+    x[..., 0].abs_()
+    before = [w.clone() for w in runs["weights"]]
+    network = module_network(models[0], CE, alone)
+    grads, *_ = network.gradients(runs["weights"], x[0], y[0])
+    reached = [name.startswith("experts.0") for name, _ in models[0].named_parameters()]
+    assert [bool(g.any()) for g in grads] == reached
+    assert all(g.shape == w.shape for g, w in zip(grads, before))
+    for step in range(2):
+        advance(runs, x[step], y[step], network, rule, step)
+    assert [not torch.equal(a, b) for a, b in zip(runs["weights"], before)] == reached
 
 
 # ---- a single replica, which runs without vmap ----
@@ -426,7 +613,7 @@ def test_losses_are_never_taken_in_bfloat16(alone):
     assert module_network(model, CE, alone).forward(weights, x).dtype == torch.float32
 
 
-# ---- one step: accumulation, accuracy, averages over processes, AdamW ----
+# ---- one step: accumulation, accuracy, AdamW ----
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("kind", ["mlp", "module"])
@@ -451,20 +638,6 @@ def test_accuracy_is_the_share_of_right_answers_before_the_step():
     assert before.item() == 0.6 and abs(after.item() - 0.6) > 0.01
 
 
-def test_processes_average_gradients_and_means_before_the_update():
-    def halve(tensors):
-        for tensor in tensors:
-            tensor.div_(2)
-
-    model, = nets(1, Bare)
-    x, y, network = normal(1, 16, 6), labels(1, 16), mlp_network(CE)
-    plain, averaged = (stack_of([model], lr) for lr in (0.05, 0.1))
-    loss, = advance(plain, x, y, network, PLAIN)
-    half, = advance(averaged, x, y, network, PLAIN, average=halve)
-    assert close(2 * half, loss)
-    assert all(close(a, b) for a, b in zip(plain["weights"], averaged["weights"]))
-
-
 def test_both_ways_to_take_an_adamw_step_agree_for_every_replica():
     models, rule = nets(3), Rule("adam", decay=True)
     names = [name for name, _ in models[0].named_parameters()]
@@ -478,3 +651,10 @@ def test_both_ways_to_take_an_adamw_step_agree_for_every_replica():
         for kind in ("weights", "first", "second"):
             for a, b in zip(fused[kind], foreach[kind]):
                 assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule, plain, moments", [
+    (Rule("sgd"), True, 0), (Rule("sgd", momentum=0.9), False, 1), (Rule("sgd", decay=True), False, 0),
+    (Rule("sgd", clip=1.0), False, 0), (Rule("adam"), False, 2)])
+def test_sgd_is_plain_without_momentum_decay_and_clipping(rule, plain, moments):
+    assert rule.is_plain_sgd is plain and rule.moments == moments

@@ -8,4 +8,4 @@ def build(width, shape):
         nn.Conv2d(width, width, 3, stride=2), nn.ReLU(),
         nn.Conv2d(width, width, 3, stride=2), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(width, shape.classes))
+        nn.Linear(width, shape.outputs))

@@ -14,4 +14,4 @@ class Net(nn.Module):
 
 
 def build(width, shape):
-    return Net(shape.inputs, width, shape.classes)
+    return Net(shape.inputs, width, shape.outputs)

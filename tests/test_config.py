@@ -1,51 +1,60 @@
-"""Bad input of every script ends with one line that names the value and the remedy, and exit code 2."""
+"""config.py and the command lines of all scripts: what flags mean, and how bad input is refused.
+
+Bad input of every script ends with one line that names the value and the remedy, and exit code 2.
+"""
+import multiprocessing
+import os
 import re
 import runpy
 import struct
 import subprocess
 import sys
+import threading
 import urllib.request
 from functools import partial
 from pathlib import Path
 
-import train            # before torch: it fixes how MKL sums
 import numpy as np
 import pytest
 import torch
 
 import analyze
+import config
 import data
 import linear_net
+import models
 import param
 import sweep
+import train
 from conftest import call
 
 HERE = Path(train.__file__).parent
 MAIN = {
-    "sweep.py": partial(train.command_line, sweep.main),
-    "train.py": partial(train.command_line, train.main),
-    "analyze.py": partial(train.command_line, analyze.main),
-    "linear_net.py": linear_net.main,
+    "sweep.py": partial(config.command_line, sweep.main),
+    "train.py": partial(config.command_line, train.main),
+    "analyze.py": partial(config.command_line, analyze.main),
+    "linear_net.py": partial(config.command_line, linear_net.main),
     "plots.py": partial(runpy.run_path, str(HERE / "plots.py"), run_name="__main__"),
     "bench.py": partial(runpy.run_path, str(HERE / "tests" / "bench.py"), run_name="__main__"),
 }
 SWEEP = ("--widths 8 16 --base-width 8 --hidden-layers 2 --steps 8 --train-size 300 --val-size 50 "
          "--batch-size 8 --seeds 1 --lrs 0.1 0.2 0.4 --loss ce --no-plots").split()
+# What a script may print before its error: the data that it read and, if a sweep, what it was to do.
+BEFORE_AN_ERROR = re.compile(r"(data: [^\n]*\n)?(headline: mlp on [^\n]*, into [^\n]*\n)?")
 
 
 def run_script(script, *flags):
-    """The script in this process, as its command line would call it: returncode, stdout, stderr."""
+    """Run a script in this process, as its command line would call it."""
     return call(MAIN[script], script, *flags)
 
 
 def refused(words, script, *flags):
-    """The script ends with one line of these words; a sweep may have said before it what it was to do."""
+    """Require that the script ends with exit code 2 and one line of these words on standard error."""
     done = run_script(script, *flags)
     assert done.returncode == 2 and not done.stdout and done.stderr.endswith("\n"), done.stderr
-    *before, line = done.stderr.splitlines()
+    *before, line = done.stderr.splitlines(keepends=True)
     assert line.startswith(f"{script}: ") and re.search(words, line), done.stderr
-    announced = script == "sweep.py" and re.match(r"headline: mlp on .*, into [^\n]*$", "\n".join(before))
-    assert not before or announced, before
+    assert BEFORE_AN_ERROR.fullmatch("".join(before)) and (script == "sweep.py" or len(before) < 2), before
 
 
 # ---- flags ----
@@ -82,16 +91,28 @@ BAD_FLAGS = {"sweep.py": [
     ("--seeds 0", "seeds is 0"),
     ("--seeds -1", "seeds is -1"),
     ("--seeds two", "--seeds: invalid int"),
+    ("--seeds 0 1 2", "unrecognized arguments: 1 2; --seeds takes one value$"),
+    ("--widths 1 2 --seeds 0 1 2", "unrecognized arguments: 1 2; --seeds takes one value$"),
+    ("--schedule cosine", "unrecognized arguments: --schedule .*did you mean --decay[?]$"),
+    ("--cosine", "unrecognized arguments: --cosine; did you mean --decay cosine[?]$"),
+    ("--epochs 3", "unrecognized arguments: --epochs .*did you mean --steps[?]$"),
+    ("--epochs=3", "unrecognized arguments: --epochs=3; did you mean --steps[?]$"),
+    ("--depth 3", "unrecognized arguments: --depth .*did you mean --hidden-layers or --layers[?]$"),
+    ("--quantum", "unrecognized arguments: --quantum; see --help$"),
+    ("--width", "unrecognized arguments: --width; did you mean --widths[?]$"),
+    ("--alpha -1e3", "alpha is -1000.0; it must be a number from -10 to 10"),
+    ("--lr-factor hidden=fast", "lr_factor is 'hidden=fast'; it must be PATTERN=X with a number X, at least"),
+    ("--lr-factor input=2 hidden=-1", "lr_factor is 'hidden=-1'"),
+    ("--lr-factor hidden=inf", "lr_factor is 'hidden=inf'"),
+    ("--lr-factor hidden", "lr_factor is '=hidden'"),
+    ("--roles up.weight=first", "roles is 'up.weight=first'; it must be NAME=ROLE with one of input"),
     ("--loss hinge2", "loss is 'hinge2'; it must be one of ce, mse, brier, huber, hinge, squared_hinge"),
     ("--loss ce hinge2", "loss is 'hinge2'"),
     ("--huber-delta 0", "huber_delta is 0.0; it must be a positive number"),
     ("--huber-delta -1", "huber_delta is -1.0"),
-    ("--label-smoothing 1", "label_smoothing is 1.0; it must be a number in"),
     ("--param muP", "one of sp, ntp, mup"),
     ("--optimizer lion", "one of sgd, adam"),
     ("--model resnet", "it must be mlp, gpt or FILE.py:FUNCTION"),
-    ("--trainable nothing", "one of all, readout"),
-    ("--activation gelu", "activation is 'gelu'"),
     ("--dtype float16", "one of float32"),
     ("--decay linear", "one of none, cosine"),
     ("--hidden-layers 0", "hidden_layers is 0"),
@@ -148,10 +169,8 @@ BAD_FLAGS = {"sweep.py": [
     ("--seed 9223372036854775807", "seed is 9223372036854775807"),
     ("--data-seed -1", "data_seed is -1"),
     ("--device gpu", "choose auto, cpu, cuda"),
-    ("--device cuda:99", "not there"),
+    ("--device cuda:99", "device cuda:99 does not exist"),
     ("--track 5", "--out DIR"),
-    ("--checkpoint 5", "--out DIR"),
-    ("--checkpoint -1", "checkpoint is -1"),
     ("--out /dev/null/x", "cannot be made a folder"),
     ("--out /proc/x", "cannot be made a folder"),
     ("--model gpt --context 0", "context is 0"),
@@ -163,15 +182,19 @@ BAD_FLAGS = {"sweep.py": [
 ], "analyze.py": [
     ("", "arguments are required: OUT"),
     ("/nonexistent", "/nonexistent holds no runs.*jsonl with rows; name the --out of a sweep"),
-    ("/nonexistent --stable", "unrecognized arguments: --stable"),
+    ("/nonexistent --stable", "unrecognized arguments: --stable; did you mean --stable-if"),
+    ("/nonexistent --at 0", "at is 0; it must be a whole number, at least 1"),
+    ("/nonexistent --leave-out -1", "leave_out is -1; it must be a whole number, at least 0"),
+    ("/nonexistent /nowhere", "2 folders; several are for --leave-out alone"),
 ], "plots.py": [
     ("", "usage: python plots.py"),
     ("/nonexistent", "python sweep.py"),
 ], "linear_net.py": [
-    ("--widths 0", "--widths 0: choose from 1 to"),
-    ("--steps 0", "--steps 0"),
-    ("--label-noise nan", "--label-noise nan"),
-    ("--width 64", "unrecognized arguments: --width"),
+    ("--widths 0", "widths is 0; it must be from 1 to"),
+    ("--steps 0", "steps is 0; it must be a whole number, at least 1"),
+    ("--steps 1000000", "steps times seeds is 4000000; it must be at most 10"),
+    ("--label-noise nan", "label_noise is nan; it must be a number, at least 0"),
+    ("--width 64", "unrecognized arguments: --width .*did you mean --widths"),
 ], "bench.py": [
     ("0", "width is 0"),
     ("8 --stack 0", "stack is '0'; it must be auto or a whole number"),
@@ -202,12 +225,38 @@ def test_scripts_end_the_same_way_from_a_shell(tmp_path):
 
 def test_a_head_that_does_not_divide_the_default_width_is_no_error():
     flags = "--model gpt --head-dim 24 --widths 48 96 --base-width 48"
-    args, given, curves = sweep.parse(flags.split())
+    args, fixed, curves = sweep.parse(flags.split())
     assert args["widths"] == [48, 96] and len(curves) == 1
-    assert sweep.runs_of(given, curves[0], 96, 0.1, 1)[0]["width"] == 96
+    assert sweep.runs_of(fixed, curves[0], 96, 0.1, 1)[0]["width"] == 96
 
 
-# ---- what a user can mend, and what is a bug ----
+@pytest.mark.parametrize("word, value", [
+    ("-1e-3", -0.001), ("-1E-3", -0.001), ("-2", -2.0), ("-.5", -0.5), ("-1.", -1.0), ("-2.5e+0", -2.5),
+    ("-1e-03", -0.001), ("1e-3", 0.001)])
+def test_a_negative_number_is_a_value_and_no_flag(word, value):
+    _, _, curves = sweep.parse(["--alpha", word, "--loss", "ce"])
+    assert [dict(zip(config.CURVE, curve))["alpha"] for curve in curves] == [value]
+    _, _, curves = sweep.parse(["--alpha", "0.5", word, "--loss", "ce"])
+    assert [dict(zip(config.CURVE, curve))["alpha"] for curve in curves] == [0.5, value]
+
+
+@pytest.mark.parametrize("flags, word", [
+    ("--lr-range 0.1 1 2", "2"), ("--no-plots 3", "3"), ("--bias 1", "1")])
+def test_only_a_flag_that_takes_one_value_is_described_so(flags, word):
+    done = run_script("sweep.py", *flags.split())
+    assert done.returncode == 2 and done.stderr.startswith(f"sweep.py: unrecognized arguments: {word}; ")
+    assert "takes one value" not in done.stderr
+
+
+def test_settings_of_several_words_are_read_by_name():
+    run = config.configure({"roles": "a.b=input c=output", "lr_factor": "hidden=0 blocks.*=2 input=1e-1"})
+    assert config.pairs(run["roles"]) == {"a.b": "input", "c": "output"}
+    assert config.lr_factors(run) == {"hidden": 0.0, "blocks.*": 2.0, "input": 0.1}
+    assert config.trained_roles(run) == tuple(role for role in param.ROLES if role != "hidden")
+    assert set(config.trained_roles(config.configure({}))) == set(param.ROLES)
+
+
+# ---- what a user can fix, and what is a bug ----
 
 @pytest.mark.parametrize("error, code, words", [
     (data.InputError("lr is\n nan"), 2, "script.py: lr is nan\n"),
@@ -215,26 +264,26 @@ def test_a_head_that_does_not_divide_the_default_width_is_no_error():
     (MemoryError(), 2, "script.py: out of memory; use a smaller width"),
     (torch.OutOfMemoryError("CUDA out of memory"), 2, "script.py: out of memory"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "script.py: out of memory"),
-    (KeyboardInterrupt(), 130, "\ninterrupted; the same command goes on\n"),
+    (KeyboardInterrupt(), 130, "\ninterrupted\n"),
     (KeyboardInterrupt("kept"), 130, "\nkept\n"),
     (ValueError("a bug"), None, ""),
     (RuntimeError("shapes differ"), None, ""),
     (KeyError("width"), None, ""),
 ])
-def test_what_a_user_can_mend_is_one_line_and_a_bug_a_traceback(error, code, words, monkeypatch, capsys):
+def test_what_a_user_can_fix_is_one_line_and_a_bug_a_traceback(error, code, words, monkeypatch, capsys):
     def failing():
         raise error
 
     monkeypatch.setattr(sys, "argv", ["/somewhere/script.py"])
     with pytest.raises(SystemExit if code else type(error)) as end:
-        train.command_line(failing)
+        config.command_line(failing)
     err = capsys.readouterr().err
     assert end.value.code == code if code else not err
     assert re.fullmatch(words + (".*\n" if words and not words.endswith("\n") else ""), err)
 
 
-def test_train_and_data_mean_the_same_input_error():
-    assert train.InputError is sweep.InputError is analyze.InputError is data.InputError
+def test_all_files_mean_the_same_input_error():
+    assert config.InputError is train.InputError is sweep.InputError is analyze.InputError is data.InputError
     assert issubclass(data.InputError, ValueError)
 
 
@@ -257,7 +306,7 @@ def test_a_bug_inside_a_script_keeps_its_traceback(script, error, swept, tmp_pat
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """The result folder of a finished sweep."""
+    """Return the result folder of a finished sweep."""
     out = tmp_path_factory.mktemp("sweep")
     assert run_script("sweep.py", *SWEEP, "--out", out).returncode == 0
     return out
@@ -281,7 +330,7 @@ def test_a_sweep_that_ended_before_its_first_row_leaves_a_folder_that_contradict
 
 
 def edit(file, change):
-    """A function of a folder that changes the bytes of a file in it, or removes it: change None."""
+    """Return a function of a folder that changes the bytes of a file in it, or removes it: change None."""
     def spoil(folder):
         path = folder / file
         path.write_bytes(change(path.read_bytes())) if change else path.unlink()
@@ -312,7 +361,7 @@ def nothing(folder):
 
 
 def mnist(spoil):
-    """Thirty black images each to train on and to validate on, spoiled."""
+    """Return a function that writes thirty black images to train on and thirty to validate on, spoiled."""
     def prepare(folder, _):
         images = struct.pack(">4I", 0x803, 30, 28, 28) + bytes(30 * 784)
         labels = struct.pack(">2I", 0x801, 30) + bytes(range(10)) * 3
@@ -347,7 +396,7 @@ def shards(train_tokens, val="a_val.bin"):
 
 
 def folder_of(script, spoil, *flags):
-    """A finished sweep, spoiled."""
+    """Return a function that copies a finished sweep into a folder, and spoils it."""
     def prepare(folder, out):
         for name in ("config.json", "runs.jsonl", "summary.json"):
             (folder / name).write_bytes((out / name).read_bytes())
@@ -357,39 +406,6 @@ def folder_of(script, spoil, *flags):
 
 
 resumed, drawn, analyzed = (partial(folder_of, f"{name}.py") for name in ("sweep", "plots", "analyze"))
-
-
-def checkpoint(spoil):
-    """A run of which only a spoiled checkpoint is left."""
-    def prepare(folder, _):
-        config = train.configure({"width": 8, "steps": 4, "train_size": 100})
-        path = folder / f"checkpoint-{train.run_id(config)}.pt"
-        train.train([config], checkpoint=path, every=2)
-        spoil(path)
-        flags = "--width 8 --steps 4 --train-size 100 --checkpoint 2 --out"
-        return "train.py", [*flags.split(), folder]
-    return prepare
-
-
-def rewrite(change):
-    return lambda path: path.write_bytes(change(path.read_bytes()))
-
-
-def save(change):
-    return lambda path: torch.save(change(torch.load(path, weights_only=True)), path)
-
-
-def without(key):
-    return save(lambda state: {name: value for name, value in state.items() if name != key})
-
-
-def with_value(key, value):
-    return save(lambda state: {**state, key: value})
-
-
-class Boom:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('executed')",)
 
 
 SUMMARY, RUNS = "summary.json", "runs.jsonl"
@@ -431,17 +447,6 @@ DAMAGED_FILES = {
     "figure unknown": (drawn(nothing, "lr_transfr"), "unknown figure 'lr_transfr'; choose from lr_transfer"),
     "figure not measured": (drawn(nothing, "alignment"), "'alignment' cannot be drawn"),
     "figures is a file": (drawn(write("figures", b"")), "figures"),
-
-    "checkpoint empty": (checkpoint(rewrite(lambda _: b"")), "is damaged; remove it to begin that run anew"),
-    "checkpoint cut": (checkpoint(rewrite(half)), "is damaged"),
-    "checkpoint of garbage": (checkpoint(rewrite(lambda _: b"garbage" * 99)), "is damaged"),
-    "checkpoint of code": (checkpoint(save(lambda _: Boom())), "is damaged"),
-    "checkpoint of another kind": (checkpoint(save(lambda _: torch.ones(3))), "is damaged"),
-    "checkpoint of a part": (checkpoint(without("losses")), "is damaged"),
-    "checkpoint without its stack": (checkpoint(without("stack")), "is damaged"),
-    "checkpoint of another run": (checkpoint(with_value("ids", ["0" * 16])), "belongs to another run"),
-    "checkpoint of another track": (checkpoint(with_value("track", 5)), "begun with --track 5, not 0"),
-    "checkpoint is a folder": (checkpoint(lambda path: [path.unlink(), path.mkdir()]), "directory"),
 }
 
 
@@ -457,5 +462,154 @@ def test_damaged_files_end_with_one_line_and_exit_code_2(name, swept, tmp_path, 
     refused(words, script, *flags)
     after = contents(tmp_path)
     assert all(after[path] == content for path, content in before.items())
-    left = {path.name: after[path] for path in after.keys() - before.keys()}
-    assert left.keys() <= {"config.json", RUNS} and not left.get(RUNS)      # a sweep's settings, no row
+    new = {path.name: after[path] for path in after.keys() - before.keys()}
+    assert new.keys() <= {"config.json", RUNS} and not new.get(RUNS)      # a sweep's settings, no row
+
+
+# ---- FILE.py:FUNCTION, also where FILE has a colon of its own ----
+
+NET = """
+from torch import nn
+
+def build(width, shape):
+    return nn.Sequential(nn.Linear(shape.inputs, width), nn.ReLU(), nn.Linear(width, shape.outputs))
+"""
+TABLE = """
+import numpy as np
+
+def load():
+    return np.random.default_rng(0).normal(size=(40, 5)), np.arange(40) % 2
+"""
+
+
+posix = pytest.mark.skipif(os.name == "nt", reason="there a colon cannot be part of a file's name")
+
+
+@posix
+@pytest.mark.parametrize("folder", ["", "C:/nets/", "a:b/c:d/"])
+@pytest.mark.parametrize("file", ["net.py", r"C:\nets\net.py", "C:net.py"])
+def test_a_spec_is_split_at_its_last_colon(folder, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    file = folder + file
+    Path(file).write_text(NET)
+    models.load_custom.cache_clear()
+    assert models.load_custom(f"{file}:build").build(8, models.Shape(5, 2, False))[0].out_features == 8
+
+    Path(file).write_text(TABLE)
+    spec = f"{file}:load"
+    assert not data.is_text(spec)
+    assert data.load_data(spec).describe() == "data: 36 samples (5,), 2 classes; 4 to validate"
+
+
+@posix
+def test_a_whole_run_reads_specs_and_files_with_a_colon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path(r"C:\nets\net.py").write_text(NET)
+    Path(r"C:\data\table.py").write_text(TABLE)
+    Path(r"D:\letters.txt").write_text("abc" * 999)
+    models.load_custom.cache_clear()
+    row, = train.train({"model": r"C:\nets\net.py:build", "data": r"C:\data\table.py:load", "width": 8,
+                        "base_width": 8, "steps": 1, "batch_size": 4})
+    assert row["final_train_loss"] > 0 and row["code"] and row["data_hash"]
+    run = config.configure({"model": "gpt", "data": r"D:\letters.txt", "val_size": 4})
+    assert data.load(run).describe().startswith("data: 2,698 tokens of a vocabulary of 256; ")
+
+
+@posix
+@pytest.mark.parametrize("spec, words", [
+    (r"C:\nets\none.py:build", r"C:\nets\none.py is no file; give FILE.py:FUNCTION"),
+    (r"C:\nets\net.py:train", r"C:\nets\net.py has no function 'train'"),
+    (r"C:\nets\net.py", "C is no file; give FILE.py:FUNCTION")])
+def test_a_spec_of_nothing_is_refused_by_the_names_of_both_parts(spec, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path(r"C:\nets\net.py").write_text(NET)
+    models.load_custom.cache_clear()
+    with pytest.raises(ValueError, match=re.escape(words)):
+        models.load_custom(spec)
+
+
+# ---- files that are written whole or not at all ----
+
+def test_a_file_that_somebody_reads_is_replaced_as_soon_as_they_are_done(tmp_path, monkeypatch):
+    path, replace, waits, refusals = tmp_path / "summary.json", Path.replace, [], [None] * 5
+    path.write_text("old")
+
+    def held_open(self, target):
+        if refusals:
+            refusals.pop()
+            assert path.read_text() == "old"
+            raise PermissionError(13, "The process cannot access the file")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", held_open)
+    monkeypatch.setattr(data.time, "sleep", waits.append)
+    with data.whole_file(path) as file:
+        file.write(b"new")
+    assert path.read_text() == "new" and len(waits) == 5 and min(waits) > 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_file_that_stays_in_use_is_left_as_it_is_and_the_error_shown(tmp_path, monkeypatch):
+    path, waits = tmp_path / "summary.json", []
+    path.write_text("old")
+
+    def held_open(self, target):
+        raise PermissionError(13, "The process cannot access the file")
+
+    monkeypatch.setattr(Path, "replace", held_open)
+    monkeypatch.setattr(data.time, "sleep", waits.append)
+    with pytest.raises(PermissionError):
+        data.write_json(path, {})
+    assert path.read_text() == "old" and 1 < sum(waits) < 60            # seconds
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_what_ends_by_an_error_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), data.whole_file(path) as file:
+        file.write(b"half")
+        file.flush()
+        assert path.read_text() == "old"
+        raise ZeroDivisionError
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def write_beside_another(path, text, barrier):
+    """Write a file while another writer has its own version of it half written."""
+    with data.whole_file(path) as file:
+        file.write(text[:1])
+        file.flush()
+        barrier.wait(60)
+        file.write(text[1:])
+
+
+def of_processes():
+    context = multiprocessing.get_context("fork")
+    return context.Process, context.Barrier(2)
+
+
+def of_threads():
+    return threading.Thread, threading.Barrier(2)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("kind", [
+    pytest.param(of_processes, marks=pytest.mark.skipif(os.name == "nt", reason="needs fork")), of_threads])
+def test_two_writers_of_one_file_at_once_each_write_a_whole_one(kind, tmp_path):
+    def write(text):
+        write_beside_another(path, text, barrier)
+        (tmp_path / f"done{len(text)}").touch()
+
+    (start, barrier), path, texts = kind(), tmp_path / "summary.json", [b"first\n" * 99, b"second\n" * 99]
+    writers = [start(target=write, args=(text,)) for text in texts]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert path.read_bytes() in texts
+    assert {entry.name for entry in tmp_path.iterdir()} == {"summary.json", "done594", "done693"}
