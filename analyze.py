@@ -1,17 +1,16 @@
-"""From result rows to optimum, stability edge, exponents with intervals, tables
-and summary.json; nothing is trained.
+"""From result rows to optimum, stability edge, exponents with intervals, tables and
+summary.json; nothing is trained.
 
-    python analyze.py out/headline  # the table and summary.json of a sweep again
-    python analyze.py out/headline --stable-if accuracy=0.8
-                                    # under another criterion of stability
+    python analyze.py out/headline              # the table and summary.json of a sweep again
+    python analyze.py out/headline --stable-if accuracy=0.8     # by another criterion
     summary = summary_of("out/headline")        # or of a list of rows
 
     curve   one value of each setting in config.CURVE
     cell    one curve at one width: losses (S, K) of S seeds at K learning rates
     edge    stability edge, the largest stable learning rate
+    W       widths
 
-Optimum, edge and exponents come from estimate.py, predictions from
-`param.predict`.
+Optimum, edge and exponents come from estimate.py, predictions from `param.predict`.
 """
 import itertools
 import json
@@ -29,15 +28,22 @@ import estimate
 import param
 import stack
 from config import CURVE, GRID, RESULTS, SETTINGS, VALIDATION, InputError, curve_of
-from estimate import DIVERGED
+from estimate import DIVERGED, RULES, local_slopes, verdict
 
 # Settings that summary.json repeats for titles.
 SHOWN = ("model", "data", "hidden_layers", "layers", "steps", "base_width")
+# What the row of a run holds.
+ROW = (*SETTINGS, *RESULTS, "failed", "chance_loss", "shape_info", "seconds")
 
 
 def criteria_help():
     return "; ".join(f"{name} (X = {x:g}): {description}"
                      for name, (x, description) in estimate.CRITERIA.items())
+
+
+def as_floats(values):
+    """Return a float array, None as nan."""
+    return np.array(values, dtype=float)
 
 
 # ---- result files ----
@@ -65,12 +71,10 @@ def read_rows(out, files="runs*.jsonl", repair=False):
             try:
                 row = json.loads(line)
                 rows[key_of(row)] = row
-                missing = [] if "step" in row else [
-                    name for name in (*SETTINGS, *RESULTS, "failed", "chance_loss", "shape_info")
-                    if name not in row]
             except (ValueError, KeyError, TypeError):
                 raise InputError(f"{path}:{number} is not a result row; "
                                  "remove that line, or use another --out") from None
+            missing = [name for name in ROW if name not in row and "step" not in row]
             if missing:
                 raise InputError(f"{path}:{number} lacks {missing[0]}: another version wrote it; "
                                  "analyze it with that one, or use another --out")
@@ -113,8 +117,7 @@ def cell_of(rows, curve, width, seeds):
            if all((lr, seed) in row_at for seed in range(seeds))]
 
     def column(name):
-        return np.array([[row_at[lr, seed][name] for lr in lrs] for seed in range(seeds)],
-                        dtype=float)
+        return as_floats([[row_at[lr, seed][name] for lr in lrs] for seed in range(seeds)])
 
     return {
         "lr": np.array(lrs),
@@ -126,39 +129,43 @@ def cell_of(rows, curve, width, seeds):
 
 
 def stability(cell, criterion):
-    name, x = criterion
-    return estimate.stable_runs(cell["losses"], name, x, cell["chance"], cell["accuracies"])
+    return estimate.stable_runs(cell["losses"], *criterion, cell["chance"], cell["accuracies"])
 
 
 def shared_settings(rows):
-    """Return the settings that all rows have in common. InputError where they differ."""
-    for name in SETTINGS:
-        if name not in GRID and any(row[name] != rows[0][name] for row in rows):
+    """Return the settings that all rows have in common. InputError where they differ.
+
+    Where Adam on text has its own defaults, only rows of the same optimizer must agree.
+    """
+    shared = [name for name in SETTINGS if name not in GRID]
+    for name in shared:
+        values = {(row["optimizer"] if name in settings.ADAM_ON_TEXT else "", row[name])
+                  for row in rows}
+        if len(values) > len(dict(values)):
             values = " and ".join(sorted({repr(row[name]) for row in rows}))
             raise InputError(f"the rows have {name} = {values}; "
                              "analyze the rows of one sweep at a time")
-    return {name: rows[0][name] for name in SETTINGS if name not in GRID}
+    return {name: rows[0][name] for name in shared}
 
 
 def shape_info_of(rows):
     """Return what predictions must know of the models; a failed run has nothing of it."""
     infos = [row["shape_info"] for row in rows if row["shape_info"]]
-    first = infos[0] if infos else {"hidden_tensors": 2, "roles_given": False}
-    return {**first, "uneven": any(info["uneven"] for info in infos)}
+    return {**infos[0], "uneven": any(info["uneven"] for info in infos)} if infos else {}
 
 
 def summarize(rows, criterion="chance"):
     """Return the rows of summary.json, one per curve, from result rows."""
-    criterion, shared, shape_info = (parse_criterion(criterion), shared_settings(rows),
-                                     shape_info_of(rows))
-    seeds, summary = 1 + max(row["seed"] for row in rows), []
+    criterion, shared = parse_criterion(criterion), shared_settings(rows)
+    shape_info, seeds = shape_info_of(rows), 1 + max(row["seed"] for row in rows)
+    summary = []
     for curve in sorted(set(map(curve_of, rows)), key=order_of):
-        widths = sorted({row["width"] for row in rows if curve_of(row) == curve})
-        cells = {width: cell_of(rows, curve, width, seeds) for width in widths}
+        of_curve = [row for row in rows if curve_of(row) == curve]
+        cells = {width: cell_of(of_curve, curve, width, seeds)
+                 for width in sorted({row["width"] for row in of_curve})}
         cells = {width: cell for width, cell in cells.items() if len(cell["lr"])}
+        failed = sorted({row["width"] for row in of_curve if row["failed"]})
         if cells:
-            failed = sorted({row["width"] for row in rows
-                             if row["failed"] and curve_of(row) == curve})
             summary.append(summarize_curve(dict(zip(CURVE, curve)), list(cells),
                                            list(cells.values()), failed, criterion,
                                            shared, shape_info))
@@ -167,16 +174,15 @@ def summarize(rows, criterion="chance"):
 
 def summarize_curve(curve, widths, cells, failed, criterion, shared, shape_info):
     """Return a row of summary.json, from one cell per width; failed: widths out of memory."""
-    points = [estimate.optimum_and_edge(cell["lr"], cell["losses"], stability(cell, criterion))
-              for cell in cells]
+    stable = [stability(cell, criterion) for cell in cells]
+    points = [estimate.optimum_and_edge(cell["lr"], cell["losses"], of_cell)
+              for cell, of_cell in zip(cells, stable)]
     exponents = estimate.exponents_of(widths, points)
     # hidden_layers: one more than hidden matrices
-    bound = param.max_trainable_alpha(
+    predicted = curve["alpha"] - param.max_trainable_alpha(
         curve["param"], curve["optimizer"], curve["loss"], 1 + shape_info["hidden_tensors"],
         settings.trained_roles(curve))
-    predicted = curve["alpha"] - bound
-    finished = [np.where(cell["losses"] < DIVERGED, cell["losses"], math.nan)
-                for cell in cells]
+    finished = [np.where(cell["losses"] < DIVERGED, cell["losses"], math.nan) for cell in cells]
     # a column (an LR) per width, by means over seeds
     best = [cell["losses"].mean(0).argmin() for cell in cells]
     most_accurate = [np.nan_to_num(cell["val_accuracy"]).mean(0).argmax() for cell in cells]
@@ -212,8 +218,8 @@ def summarize_curve(curve, widths, cells, failed, criterion, shared, shape_info)
         "flags": (flags_of(points, exponents, cells, widths, failed, criterion)
                   + assumptions(shared, shape_info)),
         "curves": [{"lr": cell["lr"].tolist(), "train_loss": losses.tolist(),
-                    "stable": stability(cell, criterion).tolist()}
-                   for cell, losses in zip(cells, finished)],
+                    "stable": of_cell.tolist()}
+                   for cell, losses, of_cell in zip(cells, finished, stable)],
     }
 
 
@@ -223,35 +229,15 @@ def edge_times_sharpness(widths, points, cells):
 
     None where the sharpness was not measured.
     """
-    sharpness = [np.nanmean(cell["initial_sharpness"], 1) if np.isfinite(
-        cell["initial_sharpness"]).any() else np.full(len(cell["losses"]), math.nan)
-        for cell in cells]                                      # [W] of (S,)
-    values = estimate.values_of(points)[1] * np.stack(sharpness, -1) / 2    # (S, W)
-    fit = estimate.exponent_of(widths, values, estimate.values_of(points)[3])
-    return None if not fit.widths_used else {
-        "values": np.exp(np.log(values).mean(0)).tolist(), "exponent": fit.slope,
-        "interval": fit.interval}
-
-
-def verdict(predicted, interval):
-    """Return "held", "missed" or "undecided"; None without prediction or interval."""
-    low, high = interval
-    if not math.isfinite(predicted) or not math.isfinite(high - low):
-        return None
-    if not low <= predicted <= high:
-        return "missed"
-    return "held" if high - low <= 0.5 else "undecided"
-
-
-def local_slopes(widths, points):
-    """Return the slopes (W - 1,) of the edge's log LR between neighbouring widths, and
-    their standard deviations if an edge may lie anywhere in its bracket."""
-    edge = [(point.stable + point.unstable).mean() / 2 for point in points]
-    gap = np.array([(point.unstable - point.stable).mean() for point in points])
-    ratio = np.diff(np.log(widths))
-    return {"local_max_stable": (np.diff(edge) / ratio).tolist(),
-            "local_resolution": (np.hypot(gap[1:], gap[:-1]) / math.sqrt(12)
-                                 / ratio).tolist()}
+    means = [np.nanmean(sharpness, 1) if np.isfinite(sharpness).any()
+             else np.full(len(sharpness), math.nan)
+             for sharpness in (cell["initial_sharpness"] for cell in cells)]    # [W] of (S,)
+    _, edge, _, gap = estimate.values_of(points)
+    values = edge * np.stack(means, -1) / 2                     # (S, W)
+    fit = estimate.exponent_of(widths, values, gap)
+    if fit.widths_used:
+        return {"values": np.exp(np.log(values).mean(0)).tolist(), "exponent": fit.slope,
+                "interval": fit.interval}
 
 
 def assumptions(shared, shape_info):
@@ -278,9 +264,8 @@ def flags_of(points, exponents, cells, widths, failed, criterion):
         used = exponents[kind].widths_used
         if 0 < used < len(widths):
             flags.append(f"{words} from {used} of {len(widths)} widths")
-    for point, cell, width in zip(points, cells, widths):
-        flags += [f"width {width}: {flag}" for flag in flags_of_cell(point, cell, criterion)]
-    return flags
+    return flags + [f"width {width}: {flag}" for point, cell, width in zip(points, cells, widths)
+                    for flag in flags_of_cell(point, cell, criterion)]
 
 
 def flags_of_cell(point, cell, criterion):
@@ -295,9 +280,10 @@ def flags_of_cell(point, cell, criterion):
         flags.append("optimum at the grid's edge; widen --lr-range")
     missing = np.isnan(point.stable).sum()
     if missing:
-        lowest = f" (lowest mean loss {mean.min():.3g} for a constant predictor's {cell['chance']:.3g})"
-        flags.append(f"no stable LR for {missing} of {seeds} seeds under {name}={x:g}"
-                     f"{lowest if name == 'chance' else ''}; more --steps, or another --stable-if")
+        lowest = (f" (lowest mean loss {mean.min():.3g} for a constant predictor's "
+                  f"{cell['chance']:.3g})" if name == "chance" else "")
+        flags.append(f"no stable LR for {missing} of {seeds} seeds under {name}={x:g}{lowest}; "
+                     "more --steps, or another --stable-if")
     above = np.isnan(point.unstable).sum() - missing
     if above:
         flags.append(f"nothing unstable up to LR {lrs[-1]:.3g} for {above} of {seeds} seeds; "
@@ -323,50 +309,18 @@ def rates_at(summary_rows, widths):
     rate of every curve at widths that need not have been swept, see estimate.at_width."""
     return data.null_if_not_finite([
         {**{name: row[name] for name in CURVE}, "width": width,
-         **rates_of(row["widths"], points_of(row), width, row)}
+         **estimate.at_width(width, row["widths"], points_of(row),
+                             row["predicted_max_stable_exponent"])}
         for row in summary_rows for width in widths])
-
-
-def rates_of(widths, points, width, row):
-    at = estimate.at_width(width, widths, points, row["predicted_max_stable_exponent"])
-    return {kind: {how: list(rate) for how, rate in at[kind].items()}
-            for kind in ("optimal", "max_stable")} | {"recommended": at["recommended"]}
-
-
-RULES = ("same rate", "n^-1", "predicted exponent", "fitted exponent", "recommended")
 
 
 def left_out(summary_rows, count):
     """Return what rules for the learning rate, read off the narrower widths, do at the
-    `count` widest ones: a dict per curve, width and rule.
-
-    "stable": below the edge of every seed there; "loss_above_best": the seeds' mean loss
-    at that rate, between its neighbours in log LR, relative to the lowest one there.
-    """
-    results = []
-    for row in summary_rows:
-        widths, points = row["widths"][:-count], points_of(row)
-        known = np.isfinite([point.optimal.mean() for point in points[:-count]])
-        if known.sum() < 2:
-            continue
-        last = np.flatnonzero(known)[-1]
-        for width, point, curve in list(zip(row["widths"], points, row["curves"]))[-count:]:
-            rates = rates_of(widths, points[:-count], width, row)
-            start, ratio = math.exp(points[last].optimal.mean()), width / widths[last]
-            of_rule = {"same rate": start, "n^-1": start / ratio,
-                       "fitted exponent": rates["optimal"]["fitted"][0],
-                       "recommended": rates["recommended"]}
-            if "predicted" in rates["optimal"]:
-                of_rule["predicted exponent"] = rates["optimal"]["predicted"][0]
-            edge = np.exp((point.stable + point.unstable) / 2)      # (S,)
-            losses = estimate.as_losses(curve["train_loss"]).mean(0)
-            for rule in filter(of_rule.get, RULES):
-                loss = np.interp(math.log(of_rule[rule]), np.log(curve["lr"]), losses)
-                results.append({**{name: row[name] for name in CURVE}, "width": width,
-                                "rule": rule, "lr": of_rule[rule],
-                                "stable": bool((of_rule[rule] < edge).all()),
-                                "loss_above_best": float(loss / losses.min() - 1)})
-    return results
+    `count` widest ones: a dict per curve, width and rule, see estimate.left_out."""
+    return [{**{name: row[name] for name in CURVE}, **result} for row in summary_rows
+            for result in estimate.left_out(
+                row["widths"], points_of(row), row["curves"], count,
+                row["predicted_max_stable_exponent"])]
 
 
 # ---- tracked runs ----
@@ -391,47 +345,37 @@ def summarize_tracks(rows, tracks):
         if roles is None:
             continue
 
-        grid = [[ids.get((seed, width)) for width in widths] for seed in range(seeds)]
-
         def values(step, module, quantity):
             """[S][W] of one tracked quantity, None where a run has none."""
-            return [[tracks.get((id, step, module), {}).get(quantity) for id in line]
-                    for line in grid]
+            return [[tracks.get((ids.get((seed, width)), step, module), {}).get(quantity)
+                     for width in widths] for seed in range(seeds)]
 
-        curve_settings = dict(zip(CURVE, curve))
+        of_curve = dict(zip(CURVE, curve))
         entries = {
-            "updates": update_exponents(values, curve_settings, widths, shared, shape_info, roles),
+            "updates": update_exponents(values, of_curve, widths, shared, shape_info, roles),
             "alignment": alignment_course(values, roles, steps),
             "course": [{"steps": steps, **course(values, roles, steps)}],
             "limit": kernel_spreads(values, widths, roles, shared["steps"]),
         }
-        for name, found in entries.items():
-            summary[name] += [{**curve_settings, "lr": lr, "widths": widths, **entry}
-                              for entry in found]
+        for name in summary:
+            summary[name] += [{**of_curve, "lr": lr, "widths": widths, **entry}
+                              for entry in entries[name]]
     return data.null_if_not_finite(summary)
-
-
-def as_floats(values):
-    """Return a float array, None as nan."""
-    return np.array(values, dtype=float)
 
 
 def alignment_course(values, roles, steps):
     """Yield seed means [W][T] of both alignments of every module."""
     for layer, name in enumerate(filter(None, roles)):
         for kind in ("operator_update", "operator_propagating"):
-            means = as_floats([values(step, name, kind)
-                               for step in steps]).mean(1).T    # (W, T)
-            if np.isnan(means).all() and layer == 0 and kind == "operator_update":
+            norms = as_floats([values(step, name, kind) for step in steps])     # (T, S, W)
+            if np.isnan(norms).all() and layer == 0 and kind == "operator_update":
                 return              # tracked without alignment
             yield {"layer": layer, "module": name, "kind": kind,
-                   "steps": steps, "values": means.tolist()}
+                   "steps": steps, "values": norms.mean(1).T.tolist()}
 
 
 def course(values, roles, steps):
     """Return geometric means over seeds, and over hidden layers, [W][T]."""
-    hidden = [name for name, role in roles.items() if role == "hidden"]
-
     def means(modules, quantity):
         norms = as_floats([[values(step, module, quantity) for module in modules]
                            for step in steps])              # (T, modules, S, W)
@@ -439,31 +383,26 @@ def course(values, roles, steps):
 
     with np.errstate(divide="ignore", invalid="ignore"):
         return {"logits_change": means([""], "change"),
-                "hidden_update": means(hidden, "effective"),
+                "hidden_update": means([name for name in roles if roles[name] == "hidden"],
+                                       "effective"),
                 "train_loss": means([""], "loss")}
 
 
 def kernel_spreads(values, widths, roles, step):
-    """Yield for every layer of hidden features the spread of their kernels K over
-    initializations, the root mean square of |K_s - mean| / |mean| in Frobenius norm, (W,),
-    with its exponent, and the features' relative change |Δh| / |h| (S, W) (Proposition 2)."""
+    """Yield for every layer of hidden features the relative spread of their kernels over
+    initializations (W,) and its exponent, and the features' relative change |Δh| / |h|
+    (S, W) (Proposition 2)."""
     for layer, name in enumerate(filter(None, roles)):
         kernels = values(step, name, "kernel")              # [S][W], upper triangles
         if layer == 0 or any(kernel is None for line in kernels for kernel in line):
             continue
-        kernels = as_floats(kernels)                        # (S, W, entries)
-        size = round(math.sqrt(2 * kernels.shape[-1]))      # samples
-        weight = np.full((size, size), 2.0)
-        np.fill_diagonal(weight, 1.0)
-        weight = weight[np.triu_indices(size)]
-        mean = kernels.mean(0)
-        squares = ((kernels - mean) ** 2 @ weight).sum(0) / (len(kernels) - 1)
-        spread = np.sqrt(squares / (mean ** 2 @ weight))    # (W,)
+        spread = estimate.relative_spread(as_floats(kernels))       # (W,)
         fit = estimate.exponent_of(widths, spread[None], np.zeros(len(widths)))
-        change = as_floats(values(step, name, "input_change")) / as_floats(values(step, name, "input"))
+        change, features = (as_floats(values(step, name, quantity))
+                            for quantity in ("input_change", "input"))
         yield {"layer": layer, "module": name, "step": step, "values": spread.tolist(),
                "exponent": fit.slope, "interval": fit.interval, "predicted": -0.5,
-               "change": change.tolist()}
+               "change": (change / features).tolist()}
 
 
 def predicted_updates(curve, model, shape_info, step, roles):
@@ -476,15 +415,14 @@ def predicted_updates(curve, model, shape_info, step, roles):
     predicted = param.predict(
         curve["param"], curve["optimizer"], curve["loss"], curve["alpha"],
         1 + shape_info["hidden_tensors"], settings.trained_roles(curve), step)
+    effective, propagating, features = (predicted.effective, predicted.propagating,
+                                        predicted.features)
     names = [name for name in roles if name]
-    effective, features = predicted.effective, predicted.features
-    propagating = predicted.propagating
     if model == "mlp":
         readout = propagating[-1]
-        entries = [("effective", i, exponent) for i, exponent in enumerate(effective)]
-        entries += [("propagating", i, exponent)
-                    for i, exponent in enumerate(propagating, 1)]
-        entries += [("features", i, exponent) for i, exponent in enumerate(features)]
+        entries = [(kind, i, exponent) for kind, first, exponents in (
+            ("effective", 0, effective), ("propagating", 1, propagating), ("features", 0, features))
+            for i, exponent in enumerate(exponents, first)]
     else:
         e = param.exponents(curve["param"], curve["optimizer"])     # (init, LR) by role
         readout = min(propagating[-1], 1 - e["output"][0])
@@ -499,13 +437,11 @@ def predicted_updates(curve, model, shape_info, step, roles):
             "output": readout,
             "vector": features[-1],
         }
+        in_first_block = re.compile(r"blocks\.0\.(norm_attention|attention\.qkv|norm_mlp|up)")
         entries = [("effective", i, of_role[roles[name]]) for i, name in enumerate(names)]
-        for i, name in enumerate(names):
-            if roles[name] in handed_on:
-                is_first = re.fullmatch(
-                    r"blocks\.0\.(norm_attention|attention\.qkv|norm_mlp|up)", name)
-                entries.append(("propagating", i,
-                                features[0] if is_first else handed_on[roles[name]]))
+        entries += [("propagating", i, features[0] if in_first_block.fullmatch(name)
+                     else handed_on[roles[name]])
+                    for i, name in enumerate(names) if roles[name] in handed_on]
     return [*entries, ("logits", len(names), max(effective[-1], readout))], predicted
 
 
@@ -523,17 +459,10 @@ def update_exponents(values, curve, widths, shared, shape_info, roles):
             norms = as_floats(values(step, module, quantities.get(kind, kind)))     # (S, W)
             fit = estimate.exponent_of(widths, norms, np.zeros(len(widths)), equal_noise=False)
             yield {
-                "module": names[layer],
-                "step": step,
-                "kind": kind,
-                "layer": layer,
-                "values": norms.tolist(),
-                "exponent": fit.slope,
-                "interval": fit.interval,
-                "widths_used": fit.widths_used,
-                "predicted": exponent,
-                "lower_bound": predicted.lower_bound,
-                "regime": predicted.regime,
+                "module": names[layer], "step": step, "kind": kind, "layer": layer,
+                "values": norms.tolist(), "exponent": fit.slope, "interval": fit.interval,
+                "widths_used": fit.widths_used, "predicted": exponent,
+                "lower_bound": predicted.lower_bound, "regime": predicted.regime,
             }
 
 
@@ -551,22 +480,22 @@ def label_columns(entries, always):
                                        for name, size in sizes.items())
 
 
-def signed(value):
-    return "-" if value is None else f"{value:+.2f}"
+def number(value, spec="+.2f"):
+    return "-" if value is None else format(value, spec)
 
 
 def exponent_table(summary):
     """Return predicted beside measured exponents with verdicts, then the LRs behind them."""
     def measured(row, kind):
-        low, high = row[f"{kind}_interval"]
-        interval = "" if signed(low) == "-" else f" [{signed(low)}, {signed(high)}]"
-        return f"{signed(row[f'{kind}_exponent'])}{interval} {row[f'{kind}_verdict'] or ''}"
+        low, high = map(number, row[f"{kind}_interval"])
+        interval = "" if low == "-" else f" [{low}, {high}]"
+        return f"{number(row[f'{kind}_exponent'])}{interval} {row[f'{kind}_verdict'] or ''}"
 
     head, label = label_columns(summary, CURVE[:3])
     lines = ["Exponents of LR against width, with 95 % intervals", "",
              f"{head}{'predicted':>10}   {'max-stable':32}optimal"]
     for row in summary:
-        predicted = signed(row["predicted_max_stable_exponent"])
+        predicted = number(row["predicted_max_stable_exponent"])
         cliffs, count = sum(row["optimum_at_edge"]), len(row["widths"])
         cliffs = f"  (the last stable LR at {cliffs} of {count} widths)" if cliffs else ""
         lines.append(f"{label(row)}{'no bound' if predicted == '-' else predicted:>10}   "
@@ -581,21 +510,19 @@ def exponent_table(summary):
             line = f"{label(row)}{width:6}"
             for key, size in (("optimal_lr", 10), ("best_train_loss", 10),
                               ("max_stable_lr", 12), ("min_unstable_lr", 13)):
-                value = row[key][i]
-                line += f"  {'-' if value is None else format(value, '.3g'):>{size}}"
+                line += f"  {number(row[key][i], '.3g'):>{size}}"
             if i and row["local_max_stable"][i - 1] is not None:
-                line += (f"  {signed(row['local_max_stable'][i - 1])} "
+                line += (f"  {number(row['local_max_stable'][i - 1])} "
                          f"± {row['local_resolution'][i - 1]:.2f}")
             lines.append(line)
 
     for row in summary:
         if row["edge_times_sharpness"]:
             product = row["edge_times_sharpness"]
-            low, high = map(signed, product["interval"])
-            lines.append(f"{label(row)}edge x initial sharpness / 2: "
-                         + ", ".join("-" if value is None else f"{value:.3g}"
-                                     for value in product["values"])
-                         + f"; exponent {signed(product['exponent'])} [{low}, {high}]")
+            values = ", ".join(number(value, ".3g") for value in product["values"])
+            low, high = map(number, product["interval"])
+            lines.append(f"{label(row)}edge x initial sharpness / 2: {values}; "
+                         f"exponent {number(product['exponent'])} [{low}, {high}]")
 
     chances = {row["loss"]: row["chance_loss"] for row in summary}
     unigram = (" (the tokens' unigram entropy)"
@@ -611,32 +538,31 @@ def update_table(updates):
     change: means over tensors of a kind."""
     def mean(entries, key):
         values = [entry[key] for entry in entries if entry[key] is not None]
-        return sum(values) / len(values) if values else None
+        return number(sum(values) / len(values) if values else None)
 
     head, label = label_columns(updates, CURVE[:4])
-    groups, kinds = {}, {}
+    groups, sizes = {}, {}      # {label: {kind of tensor: entries}}, {kind: size of its column}
     for entry in updates:
         if entry["kind"] in ("effective", "logits"):
             kind = entry["module"].rpartition(".")[2] or "logits"
-            kinds[kind] = max(13, len(kind))
+            sizes[kind] = max(13, len(kind))
             group = groups.setdefault(f"{label(entry)}{entry['step']:<6}", {})
             group.setdefault(kind, []).append(entry)
 
     lines = ["Exponents of effective updates ΔW x and of the logits' change "
              "against width: measured (predicted), means over tensors of a kind", "",
-             f"{head}{'step':6}" + "  ".join(f"{kind:>{size}}" for kind, size in kinds.items())]
+             f"{head}{'step':6}" + "  ".join(f"{kind:>{size}}" for kind, size in sizes.items())]
     all_widths = max(len(entry["widths"]) for entry in updates)
-    for name, of_kind in groups.items():
-        entries = [entry for part in of_kind.values() for entry in part]
-        used = min(entry["widths_used"] for entry in entries)
+    for line, of_kind in groups.items():
+        used = min(entry["widths_used"] for entries in of_kind.values() for entry in entries)
         if used == 0:
             continue            # an LR that other widths did not run
-        line = name
-        for kind, size in kinds.items():
-            part = of_kind.get(kind, [])
-            bound = "≥" if part and part[0]["lower_bound"] else ""
-            cell = f"{signed(mean(part, 'exponent'))} ({bound}{signed(mean(part, 'predicted'))})"
-            line += f"{cell if part else '':>{size}}  "
+        for kind, size in sizes.items():
+            entries, cell = of_kind.get(kind), ""
+            if entries:
+                bound = "≥" if entries[0]["lower_bound"] else ""
+                cell = f"{mean(entries, 'exponent')} ({bound}{mean(entries, 'predicted')})"
+            line += f"{cell:>{size}}  "
         lines.append(line.rstrip() + (f"  ! from {used} of {all_widths} widths"
                                       if used < all_widths else ""))
     return "\n".join(lines)
@@ -645,16 +571,19 @@ def update_table(updates):
 def rates_table(at):
     """Return the table of "at": learning rates with 95 % prediction intervals."""
     head, label = label_columns(at, CURVE[:3])
-    lines = ["", "Learning rates at other widths, with 95 % intervals for what a new seed shows", "",
+    lines = ["",
+             "Learning rates at other widths, with 95 % intervals for what a new seed shows", "",
              f"{head}{'width':>6}  {'by exponent':12}{'optimal':28}{'stable up to':28}recommended"]
     for entry in at:
         for how in ("predicted", "fitted"):
-            cells = [entry[kind].get(how) or [None] for kind in ("optimal", "max_stable")]
-            cells = ["-" if cell[0] is None else "{:.3g} [{:.3g}, {:.3g}]".format(*cell)
-                     for cell in cells]
-            best = entry["recommended"] if how == "predicted" else None
-            lines.append(f"{label(entry)}{entry['width']:6}  {how:12}{cells[0]:28}{cells[1]:28}"
-                         + ("" if best is None else f"{best:.3g}"))
+            line = f"{label(entry)}{entry['width']:6}  {how:12}"
+            for kind in ("optimal", "max_stable"):
+                rate = entry[kind].get(how) or [None]
+                cell = "-" if None in rate else "{:.3g} [{:.3g}, {:.3g}]".format(*rate)
+                line += f"{cell:28}"
+            if how == "predicted" and entry["recommended"] is not None:
+                line += f"{entry['recommended']:.3g}"
+            lines.append(line)
     return "\n".join(lines)
 
 
@@ -678,15 +607,13 @@ def summary_of(source, stable_if="chance", command=None):
 
     A sweep at a single LR has no optimum and no edge, so its "rows" are empty.
     """
-    tracks = {}
+    rows, tracks = source, {}
     if isinstance(source, (str, Path)):
-        rows = list(read_rows(source).values())
-        tracks = read_rows(source, "track*.jsonl")
+        rows, tracks = read_rows(source).values(), read_rows(source, "track*.jsonl")
         if not rows:
             raise InputError(f"{source} holds no runs*.jsonl with rows; "
                              "name the --out of a sweep")
-    else:
-        rows = list(source)
+    rows = list(rows)
     shared = shared_settings(rows)
     return {
         "command": command or " ".join(["python", *sys.argv]),
@@ -725,6 +652,22 @@ def read_summary(out):
                          "the rows are enough to write it again") from None
 
 
+def print_left_out(outs, stable_if, count):
+    """Print what rules for the learning rate do at the widest `count` widths of these folders.
+
+    The summary.json of a folder will do, unless another criterion is asked for.
+    """
+    rows = []
+    for out in outs:
+        summary = read_summary(out)
+        if not summary.get("rows") or stable_if not in (None, summary["stable_if"]):
+            summary = summary_of(out, stable_if or "chance")
+        rows += [row for row in summary["rows"] if len(row["widths"]) > count + 1]
+    if not rows:
+        raise InputError(f"leave_out is {count}; at least two widths must remain")
+    print(left_out_table(left_out(rows, count)))
+
+
 def main(argv=None):
     parser = settings.Parser(
         description="The table and summary.json of a sweep again, from its rows alone.")
@@ -744,12 +687,7 @@ def main(argv=None):
         settings.checked("at", width, settings.POSITIVE_INT)
     settings.checked("leave_out", args.leave_out, settings.NON_NEGATIVE_INT)
     if args.leave_out:
-        rows = [row for out in args.out for row in
-                read_summary(out).get("rows") or summary_of(out, args.stable_if or "chance")["rows"]]
-        rows = [row for row in rows if len(row["widths"]) > args.leave_out + 1]
-        if not rows:
-            raise InputError(f"leave_out is {args.leave_out}; at least two widths must remain")
-        return print(left_out_table(left_out(rows, args.leave_out)))
+        return print_left_out(args.out, args.stable_if, args.leave_out)
     if len(args.out) > 1:
         raise InputError(f"{len(args.out)} folders; several are for --leave-out alone")
 

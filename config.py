@@ -10,12 +10,16 @@ run; and what the command lines of all scripts share.
 A setting has one default, here. Library functions take it as an argument.
 """
 import argparse
+import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import math
 import os
+import platform
 import re
+import subprocess
 import sys
 from operator import itemgetter
 from pathlib import Path
@@ -115,12 +119,10 @@ SETTINGS = {    # name: (default, check, help)
               "tf32: products in TF32 on CUDA; bfloat16: by autocast"),
 }
 # The paper's defaults on text, where they differ.
-ON_TEXT = dict(data="stdlib", base_width=64, batch_size=8, val_size=128,
-               decay="cosine", warmup=10)
+ON_TEXT = dict(data="stdlib", base_width=64, batch_size=8, val_size=128, decay="cosine", warmup=10)
 ADAM_ON_TEXT = dict(eps=1e-12, weight_decay=0.1, clip=1.0)
 # Only these may differ within one stack; all others are shape, data, loss or schedule.
-PER_REPLICA = ("lr", "seed", "param", "alpha", "weight_decay", "eps",
-               "lr_factor", "readout_scale")
+PER_REPLICA = ("lr", "seed", "param", "alpha", "weight_decay", "eps", "lr_factor", "readout_scale")
 # Settings of several words NAME=VALUE.
 PAIRS = ("roles", "lr_factor")
 # Settings that tell one curve from another, and all that vary within a sweep.
@@ -129,8 +131,7 @@ GRID = ("width", "lr", "seed") + CURVE
 curve_of = itemgetter(*CURVE)           # the curve of a run or a row, a tuple
 # What a run ends with, null where it diverged or failed.
 VALIDATION = ("val_loss", "val_accuracy", "logit_rms", "val_ece")
-RESULTS = ("final_train_loss", "train_accuracy", *VALIDATION, "initial_sharpness",
-           "diverged_at")
+RESULTS = ("final_train_loss", "train_accuracy", *VALIDATION, "initial_sharpness", "diverged_at")
 # The arguments of param.param_groups and param.plan, in their order.
 param_args = itemgetter("param", "optimizer", "lr", "alpha", "weight_decay", "eps")
 
@@ -153,8 +154,7 @@ def configure(run):
     """
     for name in run:
         if name not in SETTINGS:
-            raise InputError(f"unknown setting {name!r}; "
-                             f"choose from {', '.join(SETTINGS)}")
+            raise InputError(f"unknown setting {name!r}; choose from {', '.join(SETTINGS)}")
 
     config = {name: default for name, (default, _, _) in SETTINGS.items()}
     asked = {**config, **run}
@@ -240,23 +240,93 @@ def trained_roles(config):
     return tuple(role for role in param.ROLES if role not in frozen)
 
 
+# ---- what settings stand for ----
+
+def loss_function(config):
+    """Return the loss of stack.LOSSES with its options set."""
+    loss = stack.LOSSES[config["loss"]]
+    if config["loss"] == "huber":
+        return functools.partial(loss, delta=config["huber_delta"])
+    return loss
+
+
+def chance_loss(config, splits):
+    """Return the best constant predictor's loss; for text under CE the unigram entropy."""
+    if splits.is_real_valued:
+        return stack.constant_loss_of_targets(loss_function(config), splits.y)
+    return stack.constant_loss(stack.LOSSES[config["loss"]], splits.frequencies,
+                               delta=config["huber_delta"])
+
+
+def rule_of(config):
+    return stack.Rule(config["optimizer"], config["momentum"], config["beta1"],
+                      config["beta2"], config["weight_decay"] > 0, config["clip"])
+
+
+def weight_dtype(config):
+    """bfloat16 is autocast's: weights and data stay float32."""
+    return torch.float64 if config["dtype"] == "float64" else torch.float32
+
+
+@contextlib.contextmanager
+def precision(config, device):
+    """Set how matrix products are rounded; torch's own setting comes back at the end."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        if config["dtype"] == "tf32":
+            torch.set_float32_matmul_precision("high")
+        with torch.autocast(torch.device(device).type, torch.bfloat16,
+                            config["dtype"] == "bfloat16", cache_enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def gain_of(config):
+    """He's for ReLU; the inputs of a decoder's layers are normalized."""
+    return 1.0 if is_text(config) else math.sqrt(2)
+
+
+def declared_roles(config):
+    """Return {parameter name or pattern: role} of the model's file and of --roles."""
+    roles = dict(models.load_custom(config["model"]).roles) if is_custom(config) else {}
+    for name, role in pairs(config["roles"]).items():
+        roles.pop(name, None)       # of several patterns that fit a name the last one counts
+        roles[name] = role
+    return roles
+
+
 def of_data(config, splits):
     """Return the config with what the data tell of themselves, which identifies a run too.
 
     InputError where settings do not fit the data.
     """
-    if splits.y is None:
-        return dict(config, vocab_size=splits.outputs, data_hash=splits.digest)
     require(config["batch_size"] <= splits.samples, "batch_size", config["batch_size"],
             f"at most the {splits.samples} training samples")
     require(not splits.is_real_valued or config["loss"] in ("mse", "huber"),
             "loss", config["loss"], "mse or huber, since the targets are real-valued")
-    return dict(config, data_hash=splits.digest)
+    vocab_size = splits.outputs if splits.y is None else config["vocab_size"]
+    return dict(config, vocab_size=vocab_size, data_hash=splits.digest)
 
 
 def run_id(config):
     """Return a hash of the full config, which identifies a run."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def provenance(device):
+    """Return versions, device and git commit of this file ("+" if the tree was changed)."""
+    describe = "git describe --always --dirty=+ --abbrev=12 --exclude=*".split()
+    try:
+        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True,
+                                text=True).stdout.strip() or None
+    except OSError:         # no git
+        commit = None
+    is_cuda = torch.device(device).type == "cuda"
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
+            "commit": commit}
 
 
 # ---- command line, shared by the scripts ----
@@ -286,10 +356,12 @@ class Parser(argparse.ArgumentParser):
         near = SYNONYMS.get(word) or "".join(difflib.get_close_matches(word, known, 1, 0.75))
         if near:
             return f"did you mean {near}?"
-        words = list(sys.argv[1:] if argv is None else argv)
-        before = [flag for flag in words[:words.index(word)] if flag in known] if word in words else []
-        if before and not word.startswith("-"):
-            return f"{before[-1]} takes one value"
+        # the flag before the last place of a word that is none
+        words = list(sys.argv[1:] if argv is None else argv)[::-1]
+        place = words.index(word) if word in words else len(words)
+        flag = next((flag for flag in words[place:] if flag in known), None)
+        if flag and known[flag].nargs is None and not word.startswith("-"):
+            return f"{flag} takes one value"
         return "see --help"
 
     def error(self, message):
@@ -352,18 +424,15 @@ def add_flags(parser, several=(), without=(), defaults=()):
         help="with --track: operator-norm alignments too, at twice the cost")
     add("--kernels", action="store_true",
         help="with --track, mlp: kernels h h^T / n of the hidden features after the last step")
-    add("--data-dir", metavar="DIR",
-        help="folder of the data files (default $DATA_DIR, ./data)")
+    add("--data-dir", metavar="DIR", help="folder of the data files (default $DATA_DIR, ./data)")
     add("--device", default="auto",
-        help="auto, cpu, cuda or cuda:N; "
-        "under torchrun each rank takes its own (default auto)")
+        help="auto, cpu, cuda or cuda:N; under torchrun each rank takes its own (default auto)")
 
 
 def settings_of_flags(args):
     """Return {setting: value} of those that the user gave on the command line."""
     settings = {name: args[name] for name in SETTINGS if args.get(name) is not None}
-    return {name: " ".join(value) if name in PAIRS else value
-            for name, value in settings.items()}
+    return {name: " ".join(value) if name in PAIRS else value for name, value in settings.items()}
 
 
 def choose_device(name):
@@ -381,8 +450,7 @@ def choose_device(name):
     if not kind:
         raise InputError(f"device is {name!r}; choose auto, cpu, cuda or cuda:N")
     if name != "cpu" and int(kind[2] or 0) >= count:
-        raise InputError(f"device {name} does not exist ({count} CUDA devices); "
-                         "use --device auto")
+        raise InputError(f"device {name} does not exist ({count} CUDA devices); use --device auto")
     return name
 
 
@@ -404,8 +472,7 @@ def command_line(main):
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        message = ("out of memory; use a smaller width, batch size, "
-                   "number of steps or --stack")
+        message = ("out of memory; use a smaller width, batch size, number of steps or --stack")
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 

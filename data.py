@@ -28,9 +28,7 @@ import re
 import sys
 import sysconfig
 import tarfile
-import time
 import urllib.request
-import zipfile
 import zlib
 from functools import cached_property
 from pathlib import Path
@@ -49,11 +47,7 @@ SHAPES = {      # (D, C) of the data sets that have a name
 
 
 def stream(seed, purpose):
-    """Return a torch.Generator of its own for a seed and a purpose.
-
-    Weights, samples and batches draw from streams that never coincide, whatever
-    their seeds are.
-    """
+    """Return a torch.Generator of its own for a seed and a purpose (weights, batches, ...)."""
     return torch.Generator().manual_seed(stream_seed(seed, purpose))
 
 
@@ -218,8 +212,8 @@ def multi_index(size, generator):
 
 def _hold_out_a_tenth(x, y, seed):
     order = torch.randperm(len(x), generator=stream(seed, "split"))
-    rest = len(x) - max(1, len(x) // 10)
-    return x[order[:rest]], y[order[:rest]], x[order[rest:]], y[order[rest:]]
+    train, val = order.tensor_split([len(x) - max(1, len(x) // 10)])
+    return x[train], y[train], x[val], y[val]
 
 
 def _digest_of_arrays(arrays):
@@ -240,10 +234,10 @@ def _read_npz(name):
                 raise InputError(f"{name} holds arrays {', '.join(file.files) or 'no'}; it must "
                                  "hold x and y, and perhaps x_val and y_val")
             return [file[key] for key in names]
-    except InputError:
+    except (InputError, OSError):
         raise
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:      # numpy and zipfile meet damage with any error
+        reason = str(error).partition("\n")[0]
         raise InputError(f"{name} is damaged or holds Python objects ({reason}); "
                          "save plain arrays with numpy.savez") from None
 
@@ -256,6 +250,7 @@ def _call_function(spec):
         raise InputError(f"data is {spec!r}, and {file} is no file; give FILE.py:FUNCTION")
     module_spec = importlib.util.spec_from_file_location(f"custom_data_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module          # dataclasses look their module up
     sys.path.append(str(path.parent))
     try:
         module_spec.loader.exec_module(module)
@@ -266,10 +261,10 @@ def _call_function(spec):
         raise RuntimeError(f"{spec} raised an error") from error
     finally:
         sys.path.remove(str(path.parent))
-    if not isinstance(returned, (tuple, list)) or len(returned) not in (2, 4):
-        raise InputError(f"{spec} returned a {type(returned).__name__}; it must return "
-                         "(x, y) or (x, y, x_val, y_val)")
-    return returned
+    if isinstance(returned, (tuple, list)) and len(returned) in (2, 4):
+        return returned
+    raise InputError(f"{spec} returned a {type(returned).__name__}; it must return "
+                     "(x, y) or (x, y, x_val, y_val)")
 
 
 def _checked_arrays(name, arrays):
@@ -278,10 +273,14 @@ def _checked_arrays(name, arrays):
         if not holds:
             raise InputError(f"{name}: {message}")
 
-    arrays = [part.detach().cpu().numpy() if isinstance(part, torch.Tensor) else np.asarray(part)
-              for part in arrays]
+    try:
+        arrays = [part.detach().cpu().numpy() if isinstance(part, torch.Tensor)
+                  else np.asarray(part) for part in arrays]
+    except (TypeError, ValueError) as error:        # ragged lists, types that numpy lacks
+        raise InputError(f"{name}: {error}") from None
     for key, array in zip(("x", "y", "x_val", "y_val"), arrays):
-        require(array.dtype.kind in "biuf", f"{key} holds {array.dtype}; it must hold numbers")
+        require(array.dtype.kind in "biuf" and array.itemsize <= 8,
+                f"{key} holds {array.dtype}; it must hold numbers of at most 64 bits")
         require(array.ndim and len(array), f"{key} has shape {array.shape}; it must have samples")
         require(array.dtype.kind != "f" or np.isfinite(array).all(),
                 f"{key} holds nan or infinite values; remove those samples")
@@ -299,9 +298,10 @@ def _checked_arrays(name, arrays):
             require(y.min() >= 0, f"y holds the class {y.min()}; classes begin at 0")
     require(arrays[1].dtype.kind == "f" or arrays[1].max() > 0, "y holds one class only")
     require(len(arrays) == 4 or len(arrays[0]) > 1, "one sample cannot be split")
-    # torch knows no wider whole numbers, and no foreign byte order
-    return [np.ascontiguousarray(part, np.int64 if part.dtype.kind in "biu" and i % 2
-                                 else part.dtype.newbyteorder("=")) for i, part in enumerate(arrays)]
+    # torch knows no foreign byte order, and classes are int64
+    return [np.ascontiguousarray(part, np.int64 if i % 2 and part.dtype.kind != "f"
+                                 else part.dtype.newbyteorder("="))
+            for i, part in enumerate(arrays)]
 
 
 # ---- image files ----
@@ -351,8 +351,7 @@ def _read_images(name, root):
 
     for images, labels in (parts[:2], parts[2:]):
         if len(images) != len(labels) or len(labels) == 0:
-            raise InputError(f"{folder} holds {len(images)} images "
-                             f"but {len(labels)} labels")
+            raise InputError(f"{folder} holds {len(images)} images but {len(labels)} labels")
         if images[0].size != values or labels.max() >= classes:
             raise InputError(f"{folder} holds images of {images[0].size} values "
                              f"and labels up to {labels.max()}; "
@@ -360,9 +359,8 @@ def _read_images(name, root):
 
     actual = _FIRST_LABELS.get("".join(map(str, parts[1][:32])), name)
     if actual != name and folder.name != name:      # a folder of its own name is trusted
-        raise InputError(f"{folder} holds {actual}, whose files have the same names; "
-                         f"put those of {name} into {folder / name}, "
-                         f"or choose data {actual}")
+        raise InputError(f"{folder} holds {actual}, whose files have the same names; put those of "
+                         f"{name} into {folder / name}, or choose data {actual}")
     return parts
 
 
@@ -398,8 +396,7 @@ def _download(url, folder, md5):
     files = {url.rpartition("/")[2]: content}
     if url.endswith(".tar.gz"):
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            members = {Path(member.name).name: member
-                       for member in archive if member.isfile()}
+            members = {Path(member.name).name: member for member in archive if member.isfile()}
             files = {name: archive.extractfile(member).read()
                      for name, member in members.items() if name in _CIFAR}
 
@@ -418,8 +415,7 @@ def _read(folder, file):
         content = path.read_bytes()
         return (gzip.decompress(content) if path.suffix == ".gz" else content), path
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path} is damaged ({error}); "
-                         "delete it to download it again") from None
+        raise InputError(f"{path} is damaged ({error}); delete it to download it again") from None
 
 
 def _read_idx(folder, file):
@@ -433,9 +429,8 @@ def _read_idx(folder, file):
     shape = np.frombuffer(content, ">u4", dimensions, offset=4).tolist()
     size = start + math.prod(shape)
     if len(content) != size:
-        raise InputError(f"{path} holds {len(content)} bytes "
-                         f"where its header says {size}; "
-                         "delete it to download it again")
+        raise InputError(f"{path} holds {len(content)} bytes where its header says {size}; delete "
+                         "it to download it again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
@@ -445,9 +440,8 @@ def _read_cifar(folder, files):
     for file in files:
         content, path = _read(folder, file)
         if len(content) == 0 or len(content) % 3073:
-            raise InputError(f"{path} holds {len(content)} bytes, "
-                             "no multiple of 3073; "
-                             "delete it to download it again")
+            raise InputError(f"{path} holds {len(content)} bytes, no multiple of 3073; delete it "
+                             "to download it again")
         contents.append(content)
     records = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, 3073)
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
@@ -473,13 +467,12 @@ def load_text(name, context, device="cpu", vocab_size=0, val_size=64):
     for purpose, part in (("train", train), ("validate", val)):
         count = sum(map(len, part))
         if count <= context:
-            raise InputError(f"{name} holds {count} tokens to {purpose} on; "
-                             f"context {context} needs more "
-                             "(of a folder every tenth text file validates, "
-                             "or token files with val in their names)")
+            raise InputError(f"{name} holds {count} tokens to {purpose} on; context {context} "
+                             "needs more (of a folder every tenth text file validates, or token "
+                             "files with val in their names)")
     if not vocab_size:
         is_bytes = all(file.dtype == "u1" for file in files)
-        vocab_size = 256 if is_bytes else 1 + max(map(_largest_token, files))
+        vocab_size = 256 if is_bytes else 1 + max(int(file.max(initial=0)) for file in files)
 
     digest = hashlib.sha256("".join(map(_digest_of_file, files)).encode()).hexdigest()[:16]
     train, val = Tokens(train, vocab_size), Tokens(val, vocab_size)
@@ -522,27 +515,11 @@ class Tokens:
         counts, left = np.zeros(self.vocabulary, np.int64), 2 ** 24
         for array in self.arrays:
             part = array[:left]
-            counts += np.bincount(part, minlength=self.vocabulary)[:self.vocabulary]
+            counts += np.bincount(part[part >= 0], minlength=self.vocabulary)[:self.vocabulary]
             left -= len(part)
             if not left:
                 break
         return torch.from_numpy(counts / counts.sum())
-
-
-# How files begin that are neither text nor tokens.
-_SIGNATURES = {
-    b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
-    b"%PDF": "a PDF document", b"\x1f\x8b": "compressed by gzip", b"BZh": "compressed by bzip2",
-    b"\xfd7zXZ": "compressed by xz", b"\x28\xb5\x2f\xfd": "compressed by zstd",
-    b"PK\x03\x04": "a zip archive (.npz, .pt, .docx)", b"PAR1": "a Parquet table",
-    b"ARROW1": "an Arrow table", b"\x89HDF": "an HDF5 file", b"SQLite format 3": "a database",
-    b"\x7fELF": "a program", b"\x80\x02": "a pickle", b"\x80\x03": "a pickle",
-    b"\x80\x04": "a pickle", b"\x80\x05": "a pickle", b"RIFF": "a sound or video",
-    b"OggS": "a sound or video", b"ID3": "a sound", b"\x93NUMPY": "a numpy array (name it .npy)",
-}
-
-
-_BINARY_SUFFIXES = (".pt", ".pth", ".pkl", ".npz", ".parquet", ".arrow", ".gz", ".zip")
 
 
 def _token_arrays(name):
@@ -578,8 +555,11 @@ def _memory_map(path, check_text=True):
     if path.suffix == ".npy":
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise InputError(f"{path} is damaged or holds no tokens ({error})") from None
+        except OSError:
+            raise
+        except Exception as error:      # numpy meets a damaged header with any error
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"{path} is damaged or holds no tokens ({reason})") from None
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise InputError(f"{path} holds {array.dtype} of shape {array.shape}; "
                              "tokens are whole numbers of shape (N,)")
@@ -591,11 +571,9 @@ def _memory_map(path, check_text=True):
 
     header = np.fromfile(path, "<i4", 256).tolist()
     if header and header[0] in (20240520, 20240801):        # the latter: shards of uint32
-        if (len(header) < 256 or header[:2] != [20240520, 1]
-                or size != 1024 + 2 * header[2]):
-            raise InputError(f"{path} has the header {header[:3]} and {size} bytes; "
-                             "a shard of uint16 tokens has 20240520, 1, count, "
-                             "and 1024 + 2 count bytes")
+        if (len(header) < 256 or header[:2] != [20240520, 1] or size != 1024 + 2 * header[2]):
+            raise InputError(f"{path} has the header {header[:3]} and {size} bytes; a shard of "
+                             "uint16 tokens has 20240520, 1, count, and 1024 + 2 count bytes")
         return np.memmap(path, "<u2", "r", 1024, (header[2],))
     if size % 2:
         raise InputError(f"{path} holds {size} bytes; "
@@ -611,27 +589,13 @@ def _memory_map(path, check_text=True):
 def _check_text(path):
     """Raise InputError for a file that is not UTF-8 text."""
     with open(path, "rb") as file:
-        head = file.read(2 ** 16)
-    kind = next((kind for start, kind in _SIGNATURES.items() if head.startswith(start)), None)
-    if kind is None and path.suffix.lower() in _BINARY_SUFFIXES:
-        kind = f"a {path.suffix} file"
-    if kind:
-        raise InputError(f"{path} is {kind} and no text; give text, or tokens as .npy or .bin")
+        head = file.read(2 ** 16)[:-4]
     try:
-        head[:-4].decode()          # a character may be cut at the end
+        head.decode()
     except UnicodeDecodeError as error:
-        if error.reason != "unexpected end of data":
+        if error.reason != "unexpected end of data":        # a character cut in two
             raise InputError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); "
                              "convert it, or give tokens as .npy or .bin") from None
-
-
-def _largest_token(array):
-    """Return the largest token of a file, read in parts."""
-    if not isinstance(array, np.memmap):
-        return 0
-    part, size = 2 ** 22, array.dtype.itemsize
-    return max(int(np.fromfile(array.filename, array.dtype, part, offset=array.offset + i * size)
-                   .max()) for i in range(0, len(array), part))
 
 
 def _digest_of_file(array):
@@ -661,14 +625,7 @@ def whole_file(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        for patience in range(20, -1, -1):
-            try:
-                partial.replace(path)
-                break
-            except PermissionError:     # Windows, while somebody reads the old file
-                if not patience:
-                    raise
-                time.sleep(0.1)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -185,9 +185,10 @@ def optimum(log_lr, losses, stable):
     if losses[:, best].max() >= DIVERGED:
         return np.full(len(losses), math.nan), math.nan, False
 
-    first, last, fit, _ = window(log_lr, losses, stable.all(0))
-    at_last_stable = bool(best + 1 < len(log_lr) and stable[:, best].any()
-                          and not stable[:, best + 1].all())
+    # Where a seed that is stable at the lowest mean is stable no more, there is a cliff.
+    cliff = (stable < stable[:, [best]]).any(0)
+    at_last_stable = bool(cliff[best + 1:best + 2].any())
+    first, last, fit, _ = window(log_lr, losses, ~cliff & (losses < DIVERGED).all(0))
     if (fit and fit.is_curved(CURVED)
             and log_lr[first] <= fit.vertices.mean() <= log_lr[last]):
         # sqrt(12), since an even spread over a width of sqrt(12) has deviation 1
@@ -220,11 +221,10 @@ def at_width(width, widths, points, predicted=None):
     """
     optimal, edge, resolution, gap = values_of(points)
     result = {}
-    for kind, values, log_resolution in (("optimal", optimal, resolution), ("max_stable", edge, gap)):
-        result[kind] = {"fitted": extrapolate(width, widths, values, log_resolution)}
+    for kind, *values in (("optimal", optimal, resolution), ("max_stable", edge, gap)):
+        result[kind] = {"fitted": extrapolate(width, widths, *values)}
         if predicted is not None:
-            result[kind]["predicted"] = extrapolate(width, widths, values, log_resolution,
-                                                    predicted)
+            result[kind]["predicted"] = extrapolate(width, widths, *values, predicted)
     best = result["optimal"].get("predicted", result["optimal"]["fitted"]).lr
     safe = min(extrapolation.low for extrapolation in result["max_stable"].values())
     return {**result, "recommended": min(best, safe)}
@@ -265,6 +265,41 @@ def extrapolate(width, widths, values, log_resolution, exponent=None, level=0.95
     return Extrapolation(*(math.exp(middle + offset) for offset in (0, -half, half)))
 
 
+# Rules for the learning rate at a width that was left out.
+RULES = ("same rate", "n^-1", "predicted exponent", "fitted exponent", "recommended")
+
+
+def left_out(widths, points, curves, count, predicted=None):
+    """Yield what RULES, read off the narrower widths, do at the `count` widest ones.
+
+    A dict per width and rule: "stable", below the edge of every seed there, and
+    "loss_above_best", the seeds' mean loss at that rate, between its neighbours in log
+    LR, relative to the lowest one there. points, curves {"lr": (K,), "train_loss": (S, K)}
+    of every width; the first two rules start from the widest known optimum.
+    """
+    known = np.flatnonzero(np.isfinite([point.optimal.mean() for point in points[:-count]]))
+    if len(known) < 2:
+        return
+    start = math.exp(points[known[-1]].optimal.mean())
+    for width, point, curve in list(zip(widths, points, curves))[-count:]:
+        at = at_width(width, widths[:-count], points[:-count], predicted)
+        rates = {"same rate": start, "n^-1": start * widths[known[-1]] / width,
+                 "recommended": at["recommended"],
+                 **{f"{how} exponent": rate.lr for how, rate in at["optimal"].items()}}
+        # Where nothing is unstable, the whole grid is stable.
+        edge = np.exp(np.where(np.isnan(point.unstable), point.stable,
+                               (point.stable + point.unstable) / 2))        # (S,)
+        losses = np.array(curve["train_loss"], dtype=float).mean(0)     # nan: a seed diverged
+        finite = np.isfinite(losses)
+        log_lr, losses = np.log(curve["lr"])[finite], losses[finite]
+        for rule in RULES:
+            if rule in rates:
+                lr = rates[rule]
+                loss = np.interp(math.log(lr), log_lr, losses) if len(losses) else math.nan
+                yield {"width": width, "rule": rule, "lr": lr, "stable": bool((lr < edge).all()),
+                       "loss_above_best": float(loss / losses.min(initial=math.inf) - 1)}
+
+
 # ---- all widths: exponents with intervals ----
 
 class Exponent(NamedTuple):
@@ -275,9 +310,7 @@ class Exponent(NamedTuple):
 
 
 def exponents_of(widths, points):
-    """Return the Exponents {"optimal", "max_stable"} from the Point of every width.
-
-    """
+    """Return the Exponents {"optimal", "max_stable"} from the Point of every width."""
     optimal, edge, resolution, gap = values_of(points)
     return {"optimal": exponent_of(widths, optimal, resolution),
             "max_stable": exponent_of(widths, edge, gap)}
@@ -359,7 +392,7 @@ def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=Fa
     noise = weights ** 2 * variances / seeds
     step = np.log(np.asarray(resolution, dtype=float))
     variance = (noise + weights ** 2 * step ** 2 / 12).sum()
-    if most < 1 and variance == 0:
+    if most < 1 and not step.any():
         return math.nan, math.nan
 
     freedom = most if most > 0 else math.inf
@@ -367,6 +400,38 @@ def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=Fa
         freedom = min(most, (seeds - 1) * noise.sum() ** 2 / (noise ** 2).sum())
     half = t_quantile((1 + level) / 2, float(freedom)) * math.sqrt(variance)
     return float(slope - half), float(slope + half)
+
+
+def verdict(predicted, interval):
+    """Return "held", "missed" or "undecided"; None without prediction or interval."""
+    low, high = interval
+    if not math.isfinite(predicted) or not math.isfinite(high - low):
+        return None
+    if not low <= predicted <= high:
+        return "missed"
+    return "held" if high - low <= 0.5 else "undecided"
+
+
+def local_slopes(widths, points):
+    """Return the slopes (W - 1,) of the edge's log LR between neighbouring widths, and
+    their standard deviations if an edge may lie anywhere in its bracket."""
+    edge = [(point.stable + point.unstable).mean() / 2 for point in points]
+    gap = np.array([(point.unstable - point.stable).mean() for point in points])
+    ratio = np.diff(np.log(widths))
+    deviation = np.hypot(gap[1:], gap[:-1]) / math.sqrt(12) / ratio
+    return {"local_max_stable": (np.diff(edge) / ratio).tolist(),
+            "local_resolution": deviation.tolist()}
+
+
+def relative_spread(matrices):
+    """Return the spread (W,) of symmetric matrices over S seeds, the root mean square of
+    |K_s - mean| / |mean| in Frobenius norm; matrices (S, W, N (N + 1) / 2), upper triangles."""
+    size = math.isqrt(2 * matrices.shape[-1])
+    # An entry beside the diagonal stands for two.
+    weight = (2 - np.eye(size))[np.triu_indices(size)]
+    mean = matrices.mean(0)
+    squares = ((matrices - mean) ** 2 @ weight).sum(0) / (len(matrices) - 1)
+    return np.sqrt(squares / (mean ** 2 @ weight))
 
 
 @cache

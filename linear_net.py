@@ -96,9 +96,9 @@ def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0,
     # Iterate the error χ, not f: near y, f loses the digits of χ and would look converged.
     for step in range(steps):
         error, kernel = chi[step], ntk[step]
-        now = lr if schedule is None else lr * schedule(step)
-        a = 1 - now * decay
-        g = now * (error - label_noise * noise[step] if label_noise else error)
+        step_lr = lr if schedule is None else lr * schedule(step)
+        a = 1 - step_lr * decay
+        g = step_lr * (error - label_noise * noise[step] if label_noise else error)
         square, pg = a * a, p * g
         pgf = pg * (error + y)
         chi[step + 1] = (square * error - (1 - square) * y
@@ -106,9 +106,9 @@ def linear_net(width, lr, steps, parameterization, seed=0, alpha=0.0,
         ntk[step + 1] = (square + pg * g) * kernel - 4 * a * pgf
 
     loss = chi.square() / 2
-    bad = (~loss.isfinite()).cumsum(0) > 0
-    diverged_at = torch.where(bad[-1], bad.int().argmax(0), -1)
-    f, ntk, loss = (values.masked_fill(bad, math.nan) for values in (chi + y, ntk, loss))
+    diverged = (~loss.isfinite()).cumsum(0) > 0     # (steps + 1, ...)
+    diverged_at = torch.where(diverged[-1], diverged.int().argmax(0), -1)
+    f, ntk, loss = (values.masked_fill(diverged, math.nan) for values in (chi + y, ntk, loss))
     return Trajectory(f, ntk, loss, diverged_at)
 
 
@@ -179,11 +179,11 @@ def stability_edge(widths, steps, seeds, label_noise, warmup, exponent):
     growth = exponent if label_noise else 0.0
     flags, brackets = [], []
     for width in widths:
-        longest = round(warmup * (width / BASE_WIDTH) ** exponent)
-        if longest > steps:
-            flags.append(f"width {width}: {longest} warmup steps, "
+        warmup_steps = round(warmup * (width / BASE_WIDTH) ** exponent)
+        if warmup_steps > steps:
+            flags.append(f"width {width}: {warmup_steps} warmup steps, "
                          f"but {steps} steps in all")
-        brackets.append(bracket(width, steps, seeds, label_noise, longest))
+        brackets.append(bracket(width, steps, seeds, label_noise, warmup_steps))
         if np.isnan(brackets[-1]).any():
             flags.append(f"width {width}: no edge "
                          f"from LR {LRS[0]:.3g} to {LRS[-1]:.3g}, "
@@ -215,11 +215,11 @@ def distances(widths, parameterization, seeds=32, lr=0.1):
     """Return entries of |f - its infinite-width limit from the same initial f|
     (from 0 for mup).
     """
-    every, paths = torch.arange(seeds), []
+    all_seeds, paths = torch.arange(seeds), []
     for width in widths:
-        f = linear_net(width, lr, max(TIMES), parameterization, every).f
+        f = linear_net(width, lr, max(TIMES), parameterization, all_seeds).f
         start = 0.0 if parameterization == "mup" else f[0]
-        limit = linear_net(math.inf, lr, max(TIMES), parameterization, every, f0=start).f
+        limit = linear_net(math.inf, lr, max(TIMES), parameterization, all_seeds, f0=start).f
         paths.append((f - limit).abs())     # (steps + 1, S)
     return [with_exponent({"param": parameterization, "step": step}, widths,
                           [path[step] for path in paths], predicted=-0.5) for step in TIMES]
@@ -227,9 +227,9 @@ def distances(widths, parameterization, seeds=32, lr=0.1):
 
 def one_step(widths, parameterization, alpha, seeds=32, lr=0.5):
     """Return the entry of |loss decrease| after one step (Proposition C.3)."""
-    every, decreases = torch.arange(seeds), []
+    all_seeds, decreases = torch.arange(seeds), []
     for width in widths:
-        before, after = linear_net(width, lr, 1, parameterization, every, alpha).loss
+        before, after = linear_net(width, lr, 1, parameterization, all_seeds, alpha).loss
         decreases.append((after - before).abs())
     change = ntk_exponent(parameterization, alpha)
     predicted = max(change, 2 * change)     # f² where f diverges

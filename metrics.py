@@ -43,32 +43,33 @@ class Layer(NamedTuple):
     w0: Tensor                      # (fan_out, fan_in); gains (fan,); Embedding (V, fan_out)
     dw: Tensor                      # W_t - W_0
     x: Tensor                       # x_t (N, fan_in), normalized for gains; token ids (N,)
-    dx: "Tensor | None"             # x_t - x_0; None for an Embedding
+    dx: Tensor | None               # x_t - x_0; None for an Embedding
     effective: Tensor               # dW x_t (N, fan_out)
-    propagating: "Tensor | None"    # W_0 dx (N, fan_out); None for an Embedding
+    propagating: Tensor | None      # W_0 dx (N, fan_out); None for an Embedding
 
 
 def updates(model, reference, x):
     """Return {module name: Layer}, for the measurements below to share.
 
     Products with dW and dx are taken in float32 or wider, as differences of
-    outputs lose the digits of small updates. Warns of modules with parameters
-    that are not measured. ValueError where the models differ in modules, shapes
-    or number of calls. reference: a model, or capture(reference, x).
+    outputs lose the digits of small updates. Rows are paired in the order in which
+    a module sees them; warns of modules that see more or fewer in the reference, or
+    are not measured for other reasons. ValueError where weights differ in shape.
+    reference: a model, or capture(reference, x).
     """
     model = _uncompiled(model)
     now = capture(model, x)
     then = reference if isinstance(reference, dict) else capture(reference, x)
     layers = {}
-    for name in now | then:
-        sides = now.get(name, ()), then.get(name, ())
-        ours, theirs = ([tuple(tensor.shape) for tensor in side] for side in sides)
-        if ours != theirs:
+    for name, (w, xt) in now.items():
+        w0, x0 = then.get(name, (w, None))
+        if w.shape != w0.shape:
             raise ValueError(
-                f"module {name!r} has [weight, inputs] of shapes {ours} "
-                f"in the model but {theirs} in the reference: "
+                f"module {name!r} has a weight of shape {tuple(w.shape)} "
+                f"in the model but {tuple(w0.shape)} in the reference: "
                 "pass a copy of the same architecture and width")
-        (w, xt), (w0, x0) = sides
+        if x0 is None or len(xt) != len(x0):
+            continue                # the warning below names it
         dw, dx, propagating = w - w0, None, None
         if xt.is_floating_point():
             dx = xt - x0
@@ -77,8 +78,8 @@ def updates(model, reference, x):
 
     left_out = ", ".join(_left_out(model, layers))
     if left_out:
-        message = f"not measured, as never called or of an unknown kind: {left_out}"
-        warnings.warn(message, stacklevel=3)
+        warnings.warn("not measured, as never called or not on as many samples as in the "
+                      f"reference, or of an unknown kind: {left_out}", stacklevel=3)
     return layers
 
 
@@ -187,11 +188,9 @@ def _multiply(weight, rows):
 
 def _left_out(model, layers):
     for name, module in model.named_modules():
-        # What a parametrization owns (spectral_norm's)
-        # is measured as its module's weight.
+        # What a parametrization owns (spectral_norm's) is measured as its module's weight.
         owner = f".{name}".partition(".parametrizations.")[0][1:]
-        if (owner not in layers
-                and next(module.parameters(recurse=False), None) is not None):
+        if owner not in layers and any(True for _ in module.parameters(recurse=False)):
             yield f"{name or 'the model itself'} ({type(module).__name__})"
 
 
@@ -209,13 +208,15 @@ def _undisturbed(model):
 
     Modes and random generators are restored.
     """
+    model = _uncompiled(model)
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
 
     def forward(x):
-        args = () if isinstance(x, dict) else x if isinstance(x, tuple) else (x,)
-        return torch.func.functional_call(model, buffers, args, x if isinstance(x, dict) else {})
+        if isinstance(x, dict):
+            return torch.func.functional_call(model, buffers, kwargs=x)
+        return torch.func.functional_call(model, buffers, x)    # one argument, or a tuple of them
 
     try:
         for module in modes:
@@ -279,8 +280,9 @@ def measurements(model, reference, x, y, loss, initial_logits, norm_cache=None, 
     sample, chi). A module's dict has its name as "module", its place in the
     model's order as "layer", the refined coordinate check and, if there is a
     norm_cache, the alignments; kernels adds the upper triangle of h h^T / k of its
-    inputs h (N, k), from the second module on. The logits' dict, of module "", has the mean loss,
-    the rms of the logits' change since initial_logits, of the logits and of chi.
+    inputs h (N, k), from the second module on. The logits' dict, of module "", has
+    the mean loss, the rms of the logits' change since initial_logits, of the logits
+    and of chi.
     """
     layers = updates(model, reference, x)
     check = refined_coordinate_check(model, reference, x, layers)
@@ -294,8 +296,8 @@ def measurements(model, reference, x, y, loss, initial_logits, norm_cache=None, 
             row["kernel"] = [float(f"{entry:.6g}") for entry in kernel.tolist()]
         yield row
 
-    with torch.no_grad():
-        logits = model(x)
+    with _undisturbed(model) as forward, torch.no_grad():
+        logits = forward(x)
         losses, chi = loss(logits, y)
     change = (logits - initial_logits).square().mean(-1).sqrt().mean()
     yield {"module": "", "layer": len(layers), "loss": losses.mean().item(),
@@ -322,19 +324,17 @@ def operator_norm(weight):
 
     Lanczos on the smaller of W^T W and W W^T, never a full SVD; deterministic. A
     vector stands for a diagonal matrix (gains); more dimensions are flattened to
-    (fan_out, rest). nan where W is not finite.
+    (fan_out, rest). nan or inf where W is not finite.
     """
     weight = _at_least_float32(weight.detach())
     scale = weight.abs().max()
-    if weight.ndim < 2 or not scale > 0 or not scale.isfinite():
+    if weight.ndim < 2 or not 0 < scale < math.inf:
         return scale.item()
-    # Squares of 1e36 or 1e-42 would leave float32.
-    unit = scale.clamp_min(torch.finfo(weight.dtype).tiny)
-    matrix = weight.flatten(1) / unit
+    matrix = weight.flatten(1) / scale      # squares of 1e36 or 1e-42 would leave float32
     if matrix.shape[0] < matrix.shape[1]:
         matrix = matrix.T           # (larger, smaller)
     square = _largest_eigenvalue(lambda v: (matrix @ v) @ matrix, matrix[0])
-    return unit.item() * math.sqrt(max(square, 0.0))
+    return scale.item() * math.sqrt(max(square, 0.0))
 
 
 def sharpness(model, loss_fn, x, y):
@@ -343,7 +343,6 @@ def sharpness(model, loss_fn, x, y):
     Over the trainable parameters, by Lanczos to 1e-3 relative; a step is one
     product with the Hessian. ValueError for a loss that is not a scalar.
     """
-    model = _uncompiled(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def gradient(output, *args, **kwargs):      # flat
@@ -370,7 +369,8 @@ def _largest_eigenvalue(multiply, like, tolerance=1e-4, max_steps=300):
     the images of a random start, and T = V A V^T is tridiagonal, with diagonal α
     and β beside it. T's largest eigenvalue is off by at most β_k |s|, with s the
     last entry of its eigenvector. Where β_k is rounding error, V is all that the
-    map can reach. nan where the map is not finite.
+    map can reach. At least 24 steps are taken, since a start that all but misses the
+    largest direction converges to the next one first. nan where the map is not finite.
     """
     n, eps = len(like), torch.finfo(like.dtype).eps
     generator = torch.Generator(like.device).manual_seed(0)
@@ -395,7 +395,7 @@ def _largest_eigenvalue(multiply, like, tolerance=1e-4, max_steps=300):
             t += torch.diag(torch.tensor(betas[1:-1], dtype=torch.float64), -1)
             values, vectors = torch.linalg.eigh(t)          # reads the lower triangle
             largest, residual = values[-1].item(), beta * abs(vectors[-1, -1].item())
-            if is_closed or k >= 15 and residual <= tolerance * abs(largest):
+            if is_closed or k >= 23 and residual <= tolerance * abs(largest):
                 return largest
     if n > max_steps:
         warnings.warn(f"eigenvalue {largest:.3g} has residual {residual:.1g} after "

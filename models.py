@@ -194,7 +194,7 @@ class CustomModel(NamedTuple):
 
 @functools.cache
 def load_custom(spec):
-    """Return the CustomModel of "FILE.py:FUNCTION", importing the file once.
+    """Return the CustomModel of "FILE.py:FUNCTION"; a file is imported once.
 
     ValueError where there is no such file or function. An error that the file
     itself raises is its author's, and keeps its traceback.
@@ -205,12 +205,7 @@ def load_custom(spec):
         raise ValueError(f"model is {spec!r}, and {file} is no file; "
                          "give FILE.py:FUNCTION")
 
-    loaded_before = set(sys.modules)
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    module_spec = importlib.util.spec_from_file_location(f"custom_{path.stem}", path)
-    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    module, digest = _import_file(path)
     if not callable(getattr(module, name, None)):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise ValueError(f"model is {spec!r}, and {file} has no function {name!r}; "
@@ -219,13 +214,25 @@ def load_custom(spec):
     if not isinstance(roles, dict):
         raise ValueError(f"roles in {file} is a {type(roles).__name__}; "
                          "it must be a dict {parameter name or pattern: role}")
+    return CustomModel(getattr(module, name), roles, digest)
 
-    files = {getattr(sys.modules[key], "__file__", None) for key in sys.modules.keys() - loaded_before}
-    beside = sorted(Path(part).resolve() for part in files - {None}
-                    if Path(part).resolve().is_relative_to(path.parent))
-    content = b"".join(part.read_bytes() for part in {path: 0, **dict.fromkeys(beside)})
-    return CustomModel(getattr(module, name), roles,
-                       hashlib.sha256(content).hexdigest()[:16])
+
+@functools.cache
+def _import_file(path):
+    """Return (the module that a file defines, the digest of a CustomModel)."""
+    loaded_before = set(sys.modules)
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(f"custom_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    imported = [sys.modules[key] for key in sys.modules.keys() - loaded_before]
+    files = {Path(part.__file__).resolve() for part in imported
+             if getattr(part, "__file__", None)} - {path}
+    beside = sorted(file for file in files if file.is_relative_to(path.parent))
+    content = b"".join(file.read_bytes() for file in [path, *beside])
+    return module, hashlib.sha256(content).hexdigest()[:16]
 
 
 def custom_model(spec, width, shape):

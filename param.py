@@ -24,6 +24,7 @@ can be copied alone. Out of scope: depth scaling, and attention logits where
 d_head grows with width (mup needs sqrt(d0)/d_head).
 """
 import math
+import re
 import warnings
 from fnmatch import fnmatchcase
 from types import SimpleNamespace
@@ -165,28 +166,23 @@ def predict(parameterization, optimizer, loss, alpha=0.0,
 
 
 def max_stable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainable="all"):
-    """Return the smallest alpha whose regime is not catastrophic:
-    the maximal stable LR falls as n^-alpha.
+    """Return the smallest alpha that is not catastrophic: the maximal stable LR falls as n^-alpha.
 
     Proposition 1: sp, SGD, deep: 1/2 under ce, 1 under mse (Adam: 1 under
     both). -inf: no bound (only the readout trains, ce); data that are not
     separable still set an edge.
     """
-    return _smallest_alpha(
-        False, parameterization, optimizer, loss, hidden_layers, trainable)
+    return _smallest_alpha(False, parameterization, optimizer, loss, hidden_layers, trainable)
 
 
-def max_trainable_alpha(parameterization, optimizer, loss,
-                        hidden_layers=3, trainable="all"):
-    """Return the smallest alpha at which a network is stable and trains:
-    differs under brier only.
+def max_trainable_alpha(parameterization, optimizer, loss, hidden_layers=3, trainable="all"):
+    """Return the smallest alpha at which a network is stable and trains: differs under brier only.
 
     Where logits diverge, the softmax saturates and wrong samples cease to pull
     (under Adam below its ε), though nothing blows up. sp, SGD, deep, brier: 1,
     not 1/2. Ours, not the paper's.
     """
-    return _smallest_alpha(
-        True, parameterization, optimizer, loss, hidden_layers, trainable)
+    return _smallest_alpha(True, parameterization, optimizer, loss, hidden_layers, trainable)
 
 
 def _smallest_alpha(trains, parameterization, optimizer, loss, hidden_layers, trainable):
@@ -217,6 +213,7 @@ def _smallest_alpha(trains, parameterization, optimizer, loss, hidden_layers, tr
 class ScalingRecord(NamedTuple):
     """What the shapes beside the base model's say of one tensor."""
     name: str
+    short_name: str             # without the prefixes of wrappers
     tensor: torch.Tensor
     role: str
     m: float                    # width ratio of the dimension that the role reads
@@ -259,7 +256,7 @@ def _strip_wrappers(names):
 def _fan_dims(owner, name):
     """Return the dimensions (fan-out, fan-in) of a layer's own weight matrix, else None."""
     leaf = name.rpartition(".")[2]
-    if not leaf.startswith("weight") and not leaf.endswith("_proj_weight"):
+    if not re.fullmatch(r"weight|weight_[ih][hr].*|.+_proj_weight", leaf):
         return None         # what a subclass adds: adapters, scales
     if getattr(owner, "transposed", False) and owner.groups > 1:
         return None         # (in, out / groups): the fan-in, in / groups, is no dimension
@@ -282,8 +279,8 @@ def _base_std(tensor, owner, dims):
 def _infer_role(tensor, ratios, owner, dims):
     """Return the role of a tensor by the dimensions that scale; None where they do not tell."""
     scaling = sum(ratio != 1 for ratio in ratios)
-    is_gain = dims is None and ("Norm" in type(owner).__name__
-                                or sum(size > 1 for size in tensor.shape) <= 1)
+    is_norm = re.search(r"Norm(\dd)?$", type(owner).__name__)
+    is_gain = dims is None and (is_norm or sum(size > 1 for size in tensor.shape) <= 1)
     if tensor.ndim <= 1 or scaling == 0 or is_gain:
         return "vector"         # also of fixed shape (a readout's bias): m = 1
     if scaling > 1:
@@ -331,14 +328,9 @@ def _refuse_rescaled(name, owner):
             "or parametrize.remove_parametrizations")
 
 
-def _role_of(name, overrides, used):
-    """Return the role that an override gives to a name, the last match, else None."""
-    role = None
-    for pattern, value in overrides.items():
-        if pattern == name or fnmatchcase(name, pattern):
-            role = _check_name(f"role of {pattern}:", value, ROLES)
-            used.add(pattern)
-    return role
+def _matches(patterns, name, role=None):
+    """Return those of the patterns that match a parameter's name, or are its role."""
+    return [pattern for pattern in patterns if pattern == role or fnmatchcase(name, pattern)]
 
 
 def _scaling_records(model, base, overrides):
@@ -346,18 +338,20 @@ def _scaling_records(model, base, overrides):
 
     Warns the caller's caller if nothing scales and no roles are given.
     """
-    base_tensors = dict(base.named_parameters(remove_duplicate=False))
+    tensors, base_tensors = (dict(net.named_parameters(remove_duplicate=False))
+                             for net in (model, base))
+    short_names = _strip_wrappers(tensors)
     base_tensors = {short: base_tensors[name]
                     for name, short in _strip_wrappers(base_tensors).items()}
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    short_names = _strip_wrappers(tensors)
-    overrides = {pattern if "*" in pattern else _strip_wrappers([pattern])[pattern]: role
-                 for pattern, role in (overrides or {}).items()}
     modules = dict(model.named_modules(remove_duplicate=False))
+    overrides = {short_names.get(key, key): role for key, role in (overrides or {}).items()}
+    for pattern, role in overrides.items():
+        _check_name(f"role of {pattern}:", role, ROLES)
 
     records, unknown, used = {}, [], set()      # records by id: a tied tensor has one
     for name, tensor in tensors.items():
-        base_tensor = base_tensors.pop(short_names[name], None)
+        short_name = short_names[name]
+        base_tensor = base_tensors.pop(short_name, None)
         if base_tensor is None or base_tensor.ndim != tensor.ndim:
             raise ValueError(
                 f"{name} {tuple(tensor.shape)} has no counterpart in base; "
@@ -368,15 +362,18 @@ def _scaling_records(model, base, overrides):
         _refuse_rescaled(name, owner)
         dims = _fan_dims(owner, name)
         ratios = [n / n0 for n, n0 in zip(tensor.shape, base_tensor.shape)]
-        role = _role_of(short_names[name], overrides, used)
-        if role is None and id(tensor) in records and all(ratio == 1 for ratio in ratios):
+        patterns = _matches(overrides, short_name)
+        used.update(patterns)
+        if not patterns and id(tensor) in records and all(ratio == 1 for ratio in ratios):
             continue                # at the base width another name's role is all there is
-        role = role or _infer_role(tensor, ratios, owner, dims)
+        role = (overrides[patterns[-1]] if patterns     # the last one counts
+                else _infer_role(tensor, ratios, owner, dims))
         if role is None:
             unknown.append(f"{name} {tuple(tensor.shape)} in a {type(owner).__name__}")
             continue
-        record = ScalingRecord(name, tensor, role, *_ratios_of_role(role, tensor, ratios, dims),
-                               _base_std(base_tensor, owner, dims), owner)
+        record = ScalingRecord(
+            name, short_name, tensor, role, *_ratios_of_role(role, tensor, ratios, dims),
+            _base_std(base_tensor, owner, dims), owner)
         first = records.setdefault(id(tensor), record)
         if first.role != role:
             readout = name.rpartition(".")[0]
@@ -451,13 +448,13 @@ def _init_stds(records, parameterization, gain, std):
     None where init_ leaves the tensor as it was built, nan for a matrix whose
     fan-in is not known. Arguments as in init_.
     """
-    std = {_strip_wrappers([key])[key]: value for key, value in (std or {}).items()}
-    short_names = _strip_wrappers([r.name for r in records])
+    short_names = {r.name: r.short_name for r in records}
+    std = {short_names.get(key, key): value for key, value in (std or {}).items()}
     for key in std:
         _check_name("name or role in std:", key, (*ROLES, *short_names.values()))
     e, stds = exponents(parameterization, "sgd"), []
     for r in records:
-        at_base = std.get(short_names[r.name])
+        at_base = std.get(r.short_name)
         if at_base is None and r.role != "vector" and r.tensor.requires_grad:
             at_base = math.nan if r.base_std is None else std.get(r.role, gain * r.base_std)
         stds.append(None if at_base is None else at_base * r.m ** -e[r.role][0])
@@ -473,7 +470,7 @@ def init_(model, base, parameterization, generator=None, gain=2 ** 0.5, std=None
     either. Drawn are the weight matrices of layers whose fan-in is known, and
     tensors named in std; biases of those layers and padding rows become 0. All
     else (gains, scales, temperatures, frozen parameters) stays as it was built.
-    ValueError for other matrices, which nobody has told how to draw.
+    ValueError for other matrices, since nothing says how to draw them.
 
     Draws on the generator's device in the order of model.named_parameters(): a
     CPU generator gives the same weights anywhere, sharded by fully_shard too.
@@ -488,16 +485,17 @@ def init_(model, base, parameterization, generator=None, gain=2 ** 0.5, std=None
                          "or use rescale_")
     _scale_tied_readouts(model, records, parameterization)
     for r, size in zip(records, stds):
-        tensor, leaf = r.tensor.data, r.name.rpartition(".")[2]
+        tensor = r.tensor.data
         if size is not None:
             device = tensor.device if generator is None else generator.device
             drawn = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            _copy_whole(tensor, drawn.normal_(0, size, generator=generator))
+            drawn.normal_(0, size, generator=generator)
             if getattr(r.owner, "padding_idx", None) is not None:
-                tensor[r.owner.padding_idx] = 0
-        elif (tensor.ndim == 1 and "bias" in leaf and r.tensor.requires_grad
-              and _fan_dims(r.owner, "weight")):                # also bias_ih_l0 of an LSTM
-            tensor.zero_()
+                drawn[r.owner.padding_idx] = 0
+            _copy_whole(tensor, drawn)
+        elif (tensor.ndim == 1 and r.tensor.requires_grad
+              and _fan_dims(r.owner, r.name.replace("bias", "weight"))):
+            tensor.zero_()      # the bias of a layer that is drawn
     return model
 
 
@@ -515,7 +513,7 @@ def built_stds(base):
     weights = dict(base.named_parameters())
     weights = {short: weights[name].detach() for name, short in _strip_wrappers(weights).items()}
     return {name: w.square().mean().sqrt().item() for name, w in weights.items()
-            if w.numel() and (w != w.flatten()[0]).any()}
+            if w.numel() and w.min() < w.max()}
 
 
 def rescale_(model, base, parameterization, overrides=None):
@@ -526,23 +524,11 @@ def rescale_(model, base, parameterization, overrides=None):
     """
     records = _scaling_records(model, base, overrides)
     _scale_tied_readouts(model, records, parameterization)
-    short_names = _strip_wrappers([r.name for r in records])
     e, now, at_base = exponents(parameterization, "sgd"), built_stds(model), built_stds(base)
     for r in records:
-        name = short_names[r.name]
-        if name in now and name in at_base:
-            r.tensor.data.mul_(at_base[name] * r.m ** -e[r.role][0] / now[name])
+        if r.short_name in now and r.short_name in at_base:
+            r.tensor.data.mul_(at_base[r.short_name] * r.m ** -e[r.role][0] / now[r.short_name])
     return model
-
-
-def _lr_factor(name, role, role_lr, used):
-    """Return the product of the factors for a role and for patterns of a name."""
-    factor = 1.0
-    for pattern, value in role_lr.items():
-        if pattern == role or fnmatchcase(name, pattern):
-            factor *= value
-            used.add(pattern)
-    return factor
 
 
 def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0,
@@ -564,14 +550,12 @@ def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0,
     _scale_tied_readouts(model, records, parameterization)
     if any(key in ROLES for key in role_lr) and all(r.role == "vector" for r in records):
         raise ValueError("role_lr needs roles: " + _NOTHING_SCALES)
-    ratios = sorted({r.m for r in records} | {r.m_out for r in records} - {1.0}) or [1.0]
-    ratios = [ratio for ratio in ratios if ratio != 1] or [1.0]
+    ratios = sorted({ratio for r in records for ratio in (r.m, r.m_out)} - {1.0}) or [1.0]
     if alpha != 0 and len(ratios) > 1:
         raise ValueError(f"alpha needs one width ratio, but tensors scale by {ratios}; "
                          "widen every dimension together or use alpha=0")
 
     e, groups, used = exponents(parameterization, optimizer), {}, set()
-    short_names = _strip_wrappers([r.name for r in records])
     gamma = dict(zip(ROLES, PARAMETERIZATIONS[parameterization]["adam_eps"]))
     for r in records:
         width_factor = r.m ** -e[r.role][1] * ratios[0] ** -alpha       # m^-(c + alpha)
@@ -582,7 +566,9 @@ def param_groups(model, base, parameterization, optimizer, lr, alpha=0.0,
                                  "learning rate; use sp or mup")
             if (parameterization, optimizer) == ("mup", "sgd"):
                 width_factor = r.m_out / r.m_in
-        factor = _lr_factor(short_names[r.name], r.role, role_lr, used)
+        patterns = _matches(role_lr, r.short_name, r.role)
+        used.update(patterns)
+        factor = math.prod(role_lr[pattern] for pattern in patterns)
         group_lr = lr * width_factor * factor
         group = groups.setdefault((r.role, r.m, width_factor, factor), {
             "params": [], "names": [], "role": r.role, "lr": group_lr, "base_lr": group_lr,
@@ -607,9 +593,8 @@ def plan(model, base, parameterization, optimizer, lr, alpha=0.0,
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         records = _scaling_records(model, base, overrides)
-        groups = param_groups(
-            model, base, parameterization, optimizer, lr, alpha,
-            weight_decay, eps, role_lr, overrides)
+        groups = param_groups(model, base, parameterization, optimizer, lr, alpha,
+                              weight_decay, eps, role_lr, overrides)
     group_of = {name: group for group in groups for name in group["names"]}
 
     rows = [("tensor", "shape", "role", "m", "init std", "lr", "weight decay", "eps")]

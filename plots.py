@@ -21,7 +21,7 @@ import matplotlib
 import numpy as np
 from matplotlib import colormaps, cycler
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator
 
@@ -42,19 +42,9 @@ TRAINED = LinearSegmentedColormap.from_list("trained", ("#0B4F8A", "#6FB1D6", "#
 # Places of a legend.
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
-REGIMES = {
-    "catastrophic": "#F7DAD3",
-    "controlled divergence": "#FBF1CC",
-    "stable": "#DDEEE3",
-}
-UPDATES = {
-    "effective": "effective ΔW x",
-    "propagating": "propagating W₀ Δx",
-}
-ALIGNMENTS = {
-    "operator_update": "ΔW and x",
-    "operator_propagating": "W₀ and Δx",
-}
+REGIMES = {"catastrophic": "#F7DAD3", "controlled divergence": "#FBF1CC", "stable": "#DDEEE3"}
+UPDATES = {"effective": "effective ΔW x", "propagating": "propagating W₀ Δx"}
+ALIGNMENTS = {"operator_update": "ΔW and x", "operator_propagating": "W₀ and Δx"}
 COURSE = {
     "logits_change": "logits' change (RMS)",
     "hidden_update": "hidden effective\nupdate (RMS)",
@@ -191,21 +181,21 @@ def rows_with(rows, **settings):
 
 
 def sweep_rows(summary):
-    """Return the rows of an LR sweep with an optimum at all; their exponent is the
-    stability edge's."""
-    rows = [row for row in summary.get("rows", ())
-            if np.isfinite(as_floats(row["optimal_lr"])).any()]
+    """Return the rows of an LR sweep with an optimum; their exponent is the stability edge's."""
     return require_rows([{**row, "exponent": row["max_stable_exponent"],
                           "interval": row["max_stable_interval"],
-                          "predicted": row["predicted_max_stable_exponent"]} for row in rows])
+                          "predicted": row["predicted_max_stable_exponent"]}
+                         for row in summary.get("rows", ())
+                         if np.isfinite(as_floats(row["optimal_lr"])).any()])
 
 
 def tracked_rows(summary, name, mlp=True, **settings):
-    """Return the rows of a tracked quantity, such as step=1, with a width where no
-    seed diverged."""
+    """Return the rows of a tracked quantity, such as step=1, with a width where all seeds ended."""
     rows = rows_with(summary.get(name, ()), **settings)
     if (summary.get("model") == "mlp") != mlp:
         rows = []
+    if len(unique(rows, "hidden_layers")) > 1:
+        raise Absent("the networks differ in depth, so that their layers do not match")
     return require_rows([row for row in rows
                          if np.isfinite(geometric_mean(row["values"])).any()])
 
@@ -239,8 +229,7 @@ def fit_line(widths, values, exponent):
 def slope(widths, values):
     """Return the least-squares exponent of value ~ width^exponent; None below two widths."""
     ok = np.isfinite(values)
-    return (np.polyfit(np.log(widths)[ok], np.log(values[ok]), 1)[0]
-            if ok.sum() > 1 else None)
+    return (np.polyfit(np.log(widths)[ok], np.log(values[ok]), 1)[0] if ok.sum() > 1 else None)
 
 
 def edge_of(row):
@@ -251,8 +240,7 @@ def edge_of(row):
 # ---- panels, axes and lines ----
 
 def panels(count, width, height, columns=3, ylabel="", **kwargs):
-    """Return (fig, axes (rows, columns)) of `width` by `height` inches; those beyond
-    `count` hidden."""
+    """Return (fig, axes (rows, columns)); a panel has `width` by `height` inches."""
     columns = min(count, columns)
     rows = -(-count // columns)
     fig = Figure(figsize=(width * columns + 0.6, height * rows + 0.4), layout="constrained")
@@ -282,7 +270,8 @@ def finish(fig, title, legend=None):
     lines = [len(ax.get_legend().texts) for ax in fig.axes if ax.get_legend()]
     height = 0.2 * max(lines, default=0) + 2.4          # inches a panel
     fig.set_figheight(max(fig.get_figheight(), height * fig.axes[0].get_gridspec().nrows))
-    fig.suptitle(textwrap.fill(title, int(12.5 * fig.get_figwidth()), break_long_words=False))
+    fig.suptitle(textwrap.fill(title, int(12.5 * fig.get_figwidth()), break_long_words=False,
+                               break_on_hyphens=False))
 
     handles = {}        # {label: handle}; of several, the first panel's
     for ax in fig.axes[::-1]:
@@ -301,8 +290,7 @@ def width_styles(rows):
     """Return {width: its colour and label}, dark is wide."""
     widths = sorted({width for row in rows for width in row["widths"]})
     colours = colormaps["viridis_r"](np.linspace(0.12, 1.0, len(widths)))
-    return {width: {"color": color, "label": f"{width}"}
-            for width, color in zip(widths, colours)}
+    return {width: {"color": color, "label": f"{width}"} for width, color in zip(widths, colours)}
 
 
 def width_axis(ax, widths, legend=None, yscale="log", **kwargs):
@@ -313,8 +301,7 @@ def width_axis(ax, widths, legend=None, yscale="log", **kwargs):
     ax.set(**{"xscale": "log", "yscale": yscale, "xlabel": "width n", **kwargs})
     ax.xaxis.set_major_locator(FixedLocator(widths[::1 if len(widths) <= 7 else 2]))
     ax.xaxis.set_major_formatter(
-        lambda value, _: (f"$2^{{{np.log2(value):.0f}}}$" if doubling
-                          else f"{value:g}"))
+        lambda value, _: f"$2^{{{np.log2(value):.0f}}}$" if doubling else f"{value:g}")
     ax.set_xticks([], minor=True)
 
     if yscale == "log":
@@ -327,8 +314,7 @@ def width_axis(ax, widths, legend=None, yscale="log", **kwargs):
 
 
 def log_ticks(axis):
-    """Set plain labels where a log axis spans less than two decades, the closer the shorter
-    it is."""
+    """Set plain labels where a log axis spans less than two decades, closer on a shorter one."""
     low, high = axis.get_view_interval()
     axis.set_minor_formatter("")
     if high >= 100 * low:
@@ -353,27 +339,25 @@ def trend(ax, widths, values, exponent, label, color,
         ax.plot(widths, 1.5 * fit_line(widths, values, predicted), **DASHED)
 
 
-def seeds_trend(ax, widths, values, label, **style):
-    """Draw a dot per seed (S, W) and a fit through the geometric means, its exponent in the
-    label."""
-    mean, dots = geometric_mean(values), as_floats(values).T
-    if (dots > 0).any():
-        exponent = slope(widths, mean)
-        ax.plot(widths, np.where(dots > 0, dots, np.nan), "o",
-                color=style["color"], ms=3, alpha=0.5)
-        label += "" if exponent is None else f": {power(exponent)}"
-        trend(ax, widths, mean, exponent, label, **style)
-
-
 def exponent_points(ax, x, rows, ticks=0.0, **kwargs):
-    """Draw measured exponents at x (N,), 95 % intervals as bars, predictions as ticks of a
-    length."""
+    """Draw measured exponents at x (N,), 95 % intervals as bars, and predictions as ticks."""
     numbers = ([row["exponent"], *row["interval"], row["predicted"]] for row in rows)
     y, low, high, predicted = as_floats(numbers).T
     ax.errorbar(x, y, (y - low, high - y), fmt="o", mfc="white", elinewidth=1, **kwargs)
     if ticks:
         ax.hlines(predicted, x - ticks / 2, x + ticks / 2,
                   color=kwargs["color"], lw=2.4, alpha=0.45)
+
+
+def categories(ax, labels):
+    """Name the places 0, 1, ... of the x axis."""
+    ax.set_xticks(range(len(labels)), labels)
+    ax.grid(axis="x", visible=False)
+
+
+def beside(i, count, space):
+    """Return by how much the i-th of `count` series lies beside the middle."""
+    return space * (i - (count - 1) / 2)
 
 
 def loss_line(ax, lr, losses, edge, color, label):
@@ -398,12 +382,10 @@ def lr_transfer(summary):
     for ax, row in zip(axes.flat, rows):
         ax.set_title(curve_label(row, rows))
         loss_panel(ax, row, 0.0, styles)
-    if few:
-        for ax, row in zip(axes[1], rows):
-            loss_panel(ax, row, row["predicted"] or 0.0, styles)
-    title = (f"{shared_label(summary)}. Dotted: stability edge. "
-             "Dashed: constant predictor")
-    return finish(fig, title, legend="width")
+    for ax, row in zip(axes[1] if few else (), rows):
+        loss_panel(ax, row, row["predicted"] or 0.0, styles)
+    return finish(fig, f"{shared_label(summary)}. Dotted: stability edge. "
+                       "Dashed: constant predictor", legend="width")
 
 
 def loss_panel(ax, row, exponent, styles):
@@ -450,23 +432,26 @@ def exponents(summary):
                 ax.text(np.sqrt(low * high), 0.02, signed(local),
                         ha="center", fontsize=8, color="0.35",
                         transform=ax.get_xaxis_transform())
-    fans = ("" if not summary.get("at") else " Beyond: 95 % prediction intervals of the edge "
-            "(shaded) and the optimum (dotted)")
-    return finish(fig, f"{shared_label(summary)}. "
-                       "Bars: largest stable to smallest unstable LR. "
-                       "Legend: exponent [95 % interval]. "
-                       f"At the bottom: the edge's slopes.{fans}")
+    title = (f"{shared_label(summary)}. Bars: largest stable to smallest unstable LR. "
+             "Legend: exponent [95 % interval]. At the bottom: the edge's slopes.")
+    if summary.get("at"):
+        title += (" Beyond: 95 % prediction intervals of the edge (shaded) "
+                  "and the optimum (dotted)")
+    return finish(fig, title)
 
 
 def fan(ax, row, at, color):
     """Draw 95 % prediction intervals at other widths and the recommended rates; return
     those widths."""
-    here = rows_with(at, **{key: row[key] for key in CURVE if key in row and key in at[0]})
+    here = rows_with(at, **{key: row[key] for key in (*SWEEP, *CURVE)
+                            if key in row and key in at[0]})
     widths = [entry["width"] for entry in here]
+    if not here:
+        return widths
     for kind, hatch, alpha in (("max_stable", None, 0.25), ("optimal", "....", 0.0)):
         rates = as_floats(entry[kind].get("predicted", entry[kind]["fitted"]) for entry in here)
-        ax.fill_between(widths, rates[:, 1], rates[:, 2], fc=(*matplotlib.colors.to_rgb(color), alpha),
-                        ec=color, hatch=hatch, lw=0.5, zorder=0)
+        ax.fill_between(widths, rates[:, 1], rates[:, 2], fc=(*to_rgb(color), alpha), ec=color,
+                        hatch=hatch, lw=0.5, zorder=0)
     ax.plot(widths, as_floats(entry["recommended"] for entry in here), "*", color="black",
             ms=9, zorder=5, label="recommended")
     return widths
@@ -480,10 +465,9 @@ def regular(row):
 
 
 def relative_loss(row, curve):
-    """Return (K,) seed-mean losses over the constant predictor's; infinite where a seed
-    diverged."""
-    return (np.nan_to_num(as_floats(curve["train_loss"]).mean(0), nan=np.inf)
-            / row["chance_loss"])
+    """Return (K,) seed-mean losses over the constant predictor's; inf where a seed diverged."""
+    losses = as_floats(curve["train_loss"]).mean(0)
+    return np.nan_to_num(losses, nan=np.inf) / row["chance_loss"]
 
 
 @figure
@@ -495,8 +479,7 @@ def phase(summary):
     norm = Normalize(low, 1.0)
     for ax, row in zip(axes.flat, rows):
         phase_map(ax, row, norm)
-        slopes = (f"edge {power(row['exponent'])}, "
-                  f"predicted {power(row['predicted'])}")
+        slopes = f"edge {power(row['exponent'])}, predicted {power(row['predicted'])}"
         width_axis(ax, row["widths"], title=f"{curve_label(row, rows)}\n{slopes}")
     colours = ScalarMappable(norm, TRAINED)
     fig.colorbar(colours, ax=axes, label="loss / constant predictor's", shrink=0.6)
@@ -532,8 +515,7 @@ def phase_map(ax, row, norm):
               label="stability edge")
     if row["predicted"] is not None and np.isfinite(edge).any():
         line = fit_line(widths, edge, row["predicted"])
-        ax.plot(widths, line, "--", color=COLOURS[1], lw=2, zorder=4,
-                label="predicted slope")
+        ax.plot(widths, line, "--", color=COLOURS[1], lw=2, zorder=4, label="predicted slope")
     ax.margins(0)
     ax.grid(False)
 
@@ -552,11 +534,9 @@ def bounded(summary):
         loss_line(right, as_floats(curve["lr"]), values, edge_of(row)[-1],
                   color, label_of("loss", row["loss"]))
 
-    left.set_xticks(range(len(rows)),
-                    [label_of("loss", row["loss"]).replace(" ", "\n") for row in rows])
+    categories(left, [label_of("loss", row["loss"]).replace(" ", "\n") for row in rows])
     left.set(ylabel="exponent of the largest stable LR",
              title="ticks: predicted, bars: 95 % intervals")
-    left.grid(axis="x", visible=False)
     right.axhline(1.0, **DASHED)
     right.set(xscale="log", xlabel="learning rate", ylabel="loss / constant predictor's",
               title=f"width {rows[0]['widths'][-1]}; dotted: stability edge")
@@ -572,20 +552,19 @@ def losses(summary):
     losses_shown = require_rows(unique(rows, "loss"), least=3)
     each = groups(rows, "loss")
     title_keys = [key for key in differing(rows) if key != "loss"] or ["param"]
-    fig, axes = panels(len(each), 3.2, 3.1,
-                       ylabel="best validation accuracy (%)", sharey=True)
+    fig, axes = panels(len(each), 3.2, 3.1, ylabel="best validation accuracy (%)", sharey=True)
     for ax, group in zip(axes.flat, each):
         for row in group:
             seeds = 100 * as_floats(row["best_val_accuracy"])          # (W, S)
             mean = seeds.mean(1)
             bars = mean - seeds.min(1), seeds.max(1) - mean
             # The losses side by side, 5 % apart.
-            beside = 1.05 ** (losses_shown.index(row["loss"]) - (len(losses_shown) - 1) / 2)
-            ax.errorbar(as_floats(row["widths"]) * beside, mean, bars, fmt="o-", capsize=2.5,
+            place = losses_shown.index(row["loss"])
+            factor = 1.05 ** beside(place, len(losses_shown), 1)
+            ax.errorbar(as_floats(row["widths"]) * factor, mean, bars, fmt="o-", capsize=2.5,
                         color=loss_colour(row["loss"]), label=label_of("loss", row["loss"]))
         width_axis(ax, group[0]["widths"], yscale="linear", title=describe(group[0], title_keys))
-    return finish(fig, f"{shared_label(summary)}. "
-                       "Points: means, bars: ranges of the seeds",
+    return finish(fig, f"{shared_label(summary)}. Points: means, bars: ranges of the seeds",
                   legend="loss")
 
 
@@ -598,11 +577,17 @@ def calibration(summary):
     measures = {"val_ece": "expected calibration error", "logit_rms": "RMS of the logits"}
     for ax, (key, ylabel) in zip(axes.flat, measures.items()):
         for row, style in zip(rows, LINE_STYLES()):
-            values = as_floats(row["at_optimum"][key]).T           # (S, W)
-            seeds_trend(ax, row["widths"], values, curve_label(row, rows), **style)
+            widths, dots = row["widths"], as_floats(row["at_optimum"][key])        # (W, S)
+            mean = geometric_mean(dots.T)
+            exponent = slope(widths, mean)
+            if (dots > 0).any():
+                label = curve_label(row, rows) + ("" if exponent is None
+                                                  else f": {power(exponent)}")
+                ax.plot(widths, np.where(dots > 0, dots, np.nan), "o", color=style["color"],
+                        ms=3, alpha=0.5)
+                trend(ax, widths, mean, exponent, label, **style)
         width_axis(ax, width_styles(rows), BESIDE, ylabel=ylabel)
-    return finish(fig, f"{shared_label(summary, rows)} at the optimal LR; "
-                       "a dot per seed")
+    return finish(fig, f"{shared_label(summary, rows)} at the optimal LR; a dot per seed")
 
 
 @figure
@@ -661,8 +646,7 @@ def exponents_over_alpha(ax, rows, readout):
         ax.plot(list(line), as_floats(line.values()), color=COLOURS[i])
         measured = [row for row in of_kind if row["exponent"] is not None]
         if measured:
-            x = (as_floats(row["alpha"] for row in measured)
-                 + 0.02 * (1.5 - i))                    # side by side
+            x = as_floats(row["alpha"] for row in measured) - beside(i, 4, 0.02)
             exponent_points(ax, x, measured, color=COLOURS[i], label=label)
 
 
@@ -674,8 +658,7 @@ def course(summary):
     lines = {kind: as_floats(line for row in rows for line in row[kind])
              for kind in COURSE}                        # (N, T) each
     kinds = require_rows([kind for kind in COURSE if (lines[kind][:, 0] > 0).any()])
-    fig, axes = panels(len(kinds) * len(rows), 2.9, 2.2, len(rows),
-                       sharex=True, sharey="row")
+    fig, axes = panels(len(kinds) * len(rows), 2.9, 2.2, len(rows), sharex=True, sharey="row")
     styles = width_styles(rows)
     for ax, (kind, row) in zip(axes.flat, product(kinds, rows)):
         values, (low, top) = as_floats(row[kind]), course_range(lines[kind])
@@ -692,9 +675,8 @@ def course(summary):
         ax.label_outer()
     for ax in axes[1:].flat:
         ax.set_title("")
-    title = (f"{shared_label(summary, rows)}. "
-             "Triangles: beyond the panel or not finite")
-    return finish(fig, title, legend="width")
+    return finish(fig, f"{shared_label(summary, rows)}. "
+                       "Triangles: beyond the panel or not finite", legend="width")
 
 
 def course_range(lines):
@@ -708,8 +690,7 @@ def course_range(lines):
 
 
 def course_line(ax, steps, values, top, **kwargs):
-    """Draw a line (T,) until it is above `top` or not finite, and a mark at the step where
-    it is."""
+    """Draw a line (T,), and a mark where it ends: at a step above `top` or not finite."""
     end = np.argmax([*~(values < top), True])           # T if it never is
     ax.plot(steps[:end + 1], [*values[:end], top][:len(steps)], **kwargs)
     if end < len(steps) and np.isfinite(values[0]):
@@ -726,13 +707,11 @@ def updates(summary, step=1):
     for curve, style in zip(groups(rows), LINE_STYLES()):
         for row in curve:
             ax, exponent = axes[row["kind"]][row["layer"]], row["exponent"]
-            label = (f"{curve_label(row, rows)}: {signed(exponent)} "
-                     f"({signed(row['predicted'])})")
+            label = f"{curve_label(row, rows)}: {signed(exponent)} ({signed(row['predicted'])})"
             trend(ax, row["widths"], geometric_mean(row["values"]), exponent, label, **style)
             width_axis(ax, row["widths"], BELOW)
-    title = (f"{shared_label(summary, rows)}. "
-             f"RMS of the updates after {counted(step, 'step')}")
-    return finish(fig, f"{title}; exponents: measured (predicted)")
+    return finish(fig, f"{shared_label(summary, rows)}. RMS of the updates after "
+                       f"{counted(step, 'step')}; exponents: measured (predicted)")
 
 
 @figure
@@ -753,12 +732,10 @@ def alignment(summary):
     for row in curve:
         ax = axes[row["kind"]][row["layer"]]
         ax.set(xscale="log", ylim=(0, 1.05), xlabel="step")
-        for style, values in zip(width_styles(curve).values(),
-                                as_floats(row["values"])):         # (W, T)
+        for style, values in zip(width_styles(curve).values(), as_floats(row["values"])):  # (W, T)
             ax.plot(row["steps"], values, **style)
         log_ticks(ax.xaxis)
-    return finish(fig, f"{shared_label(summary, curve)}. Operator-norm alignment",
-                  legend="width")
+    return finish(fig, f"{shared_label(summary, curve)}. Operator-norm alignment", legend="width")
 
 
 @figure
@@ -777,13 +754,13 @@ def limit(summary):
             if color == COLOURS[0]:
                 right.plot([], color="0.35", marker=marker, mfc="white", ls="none",
                            label=f"hidden layer {row['layer']}")
-    shared = shared_label(summary, rows)
-    width_axis(left, rows[0]["widths"], {"title": "exponents by layer"},
+    widths = rows[0]["widths"]
+    width_axis(left, widths, {"title": "exponents by layer"},
                ylabel="relative spread of kernels\nover initializations")
-    left.plot(rows[0]["widths"], 1.6 * fit_line(rows[0]["widths"], as_floats(rows[0]["values"]), -0.5),
-              **DASHED)
-    width_axis(right, rows[0]["widths"], BESIDE, ylabel="relative change of features")
-    return finish(fig, f"{shared}. Dashed: $n^{{-1/2}}$")
+    line = fit_line(widths, as_floats(rows[0]["values"]), -0.5)
+    left.plot(widths, 1.6 * line, **DASHED)
+    width_axis(right, widths, BESIDE, ylabel="relative change of features")
+    return finish(fig, f"{shared_label(summary, rows)}. Dashed: $n^{{-1/2}}$")
 
 
 @figure
@@ -793,18 +770,17 @@ def binding(summary):
     frozen = require_rows(unique(rows, "lr_factor"), least=3)
     keys = [key for key in differing(rows) if key != "lr_factor"]
     each = groups(rows, "lr_factor")
-    fig, ((ax,),) = panels(1, 1.3 * len(frozen) + 1.5, 3.4, ylabel="exponent of the largest stable LR")
+    fig, ((ax,),) = panels(1, 1.3 * len(frozen) + 1.5, 3.4,
+                           ylabel="exponent of the largest stable LR")
     for i, group in enumerate(each):
         space = 0.7 / len(each)
         x = as_floats(frozen.index(row["lr_factor"]) for row in group)
-        exponent_points(ax, x + space * (i - (len(each) - 1) / 2), group, ticks=0.9 * space,
-                        color=COLOURS[i % 7], capsize=3,
-                        label=describe(group[0], keys or ["loss"]))
+        exponent_points(ax, x + beside(i, len(each), space), group, ticks=0.9 * space,
+                        color=COLOURS[i % 7], capsize=3, label=describe(group[0], keys or ["loss"]))
     ax.axhline(0, color="0.4", lw=0.8)
-    ax.set_xticks(range(len(frozen)), [
+    categories(ax, [
         f"{value.replace('=0', '').replace(' ', ' and ')}\nfrozen" if value else "all\ntrained"
         for value in frozen])
-    ax.grid(axis="x", visible=False)
     return finish(fig, shared_label(summary, rows), legend="ticks: predicted\nbars: 95 % intervals")
 
 
@@ -824,16 +800,13 @@ def tensor_kinds(summary):
             here = rows_with(curve, kind=kind)
             if here:
                 x = as_floats(tensors.index(row["module"].split(".")[-1]) for row in here)
-                x += space * (i - (len(each) - 1) / 2)          # side by side
-                exponent_points(ax, x, here, ticks=0.9 * space, color=COLOURS[i % 7],
-                                label=curve_label(here[0], rows))
+                exponent_points(ax, x + beside(i, len(each), space), here, ticks=0.9 * space,
+                                color=COLOURS[i % 7], label=curve_label(here[0], rows))
         ax.axhline(0, color="0.4", lw=0.8)
         ax.set_title(symbol)
-        ax.grid(axis="x", visible=False)
-    axes[1, 0].set_xticks(range(len(tensors)),
-                          [tensor.replace("_", "\n") for tensor in tensors])
-    title = f"{shared_label(summary, rows)}. Updates of one step"
-    return finish(fig, title, legend="ticks: predicted\npoints: measured")
+        categories(ax, [tensor.replace("_", "\n") for tensor in tensors])
+    return finish(fig, f"{shared_label(summary, rows)}. Updates of one step",
+                  legend="ticks: predicted\npoints: measured")
 
 
 @figure
@@ -851,16 +824,14 @@ def linear_net(summary):
             name = describe(row, ("param", "alpha", "step", "warmup"))
             name += width_factor(row, row.get("warmup_exponent"))
             name += f": {fitted(row)}"
-            values = (edge_of(row) if part == "edges"
-                      else geometric_mean(row["values"]))
+            values = (edge_of(row) if part == "edges" else geometric_mean(row["values"]))
             # The distances share one prediction.
             predicted = None if part == "distance" and i else row["predicted"]
             trend(ax, row["widths"], values, row["exponent"], name,
                   COLOURS[i % 7], marker="os^Dv"[i % 5], predicted=predicted)
         width_axis(ax, row["widths"], BELOW, title=title)
-    return finish(fig, "Closed-form linear net f = x uᵀv, one sample, "
-                       "squared loss. Lines: fits, with 95 % intervals. "
-                       "Dashed: predicted slopes")
+    return finish(fig, "Closed-form linear net f = x uᵀv, one sample, squared loss. "
+                       "Lines: fits, with 95 % intervals. Dashed: predicted slopes")
 
 
 # ---- result folders ----
@@ -872,27 +843,26 @@ def load_summary(out):
         raise PlotError(f"{path} is missing; run python sweep.py --out {out} first")
     try:
         summary = json.loads(path.read_text())
-        sound = ("linear_net" in summary
-                 or all("curves" in row for row in summary["rows"]))
+        sound = ("linear_net" in summary or all("curves" in row for row in summary["rows"]))
     except (ValueError, LookupError, TypeError):
         sound = False
     if not sound:
-        raise PlotError(f"{path} is damaged; "
-                        "its command writes it again, and runs nothing twice")
+        raise PlotError(f"{path} is damaged; its command writes it again, and runs nothing twice")
     return summary
 
 
 def merge(summaries):
     """Return one summary of several, {name: summary}: each row has its sweep's settings and,
     where those do not tell the sweeps apart, its sweep's name."""
+    settings = {sweep: {name: summary.get(name) for name in SWEEP[:-1]}
+                for sweep, summary in summaries.items()}
+    if len({tuple(values.values()) for values in settings.values()}) < len(summaries):
+        for sweep, values in settings.items():
+            values["sweep"] = sweep
     merged = dict(next(iter(summaries.values())))
-    of_sweep = [tuple(summary.get(key) for key in SWEEP[:-1]) for summary in summaries.values()]
-    named = len(set(of_sweep)) < len(summaries)
-    for key in ("rows", "updates", "alignment", "course"):
-        merged[key] = [
-            {**{name: summary.get(name) for name in SWEEP[:-1]}, **row,
-             **({"sweep": sweep} if named else {})}
-            for sweep, summary in summaries.items() for row in summary.get(key, ())]
+    for key in ("rows", "updates", "alignment", "course", "limit", "at"):
+        merged[key] = [{**settings[sweep], **row} for sweep, summary in summaries.items()
+                       for row in summary.get(key, ())]
     return merged
 
 
@@ -900,14 +870,12 @@ def draw(*outs, only=()):
     """Draw all that result folders can show together, or the figures in `only`, into the
     first one's figures/; return the paths, PNG and PDF.
 
-    PlotError without a sound summary.json, for an unknown figure and, with
-    the others drawn, for one that cannot be; an unexpected error's traceback
-    is on standard error.
+    PlotError without a sound summary.json, for an unknown figure and, with the others drawn,
+    for one that cannot be; an unexpected error's traceback is on standard error.
     """
     for name in only:
         if name not in FIGURES:
-            raise PlotError(f"unknown figure {name!r}; "
-                            f"choose from {', '.join(FIGURES)}")
+            raise PlotError(f"unknown figure {name!r}; choose from {', '.join(FIGURES)}")
     outs = [Path(out) for out in outs]
     short = len({out.name for out in outs}) == len(outs)
     summaries = {out.name if short else str(out): load_summary(out) for out in outs}

@@ -25,6 +25,7 @@ x, y, factor and step would have to be tensors that stay).
 """
 import math
 from collections import deque
+from contextlib import contextmanager
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -89,12 +90,11 @@ LOSSES = {"ce": ce, "mse": mse, "brier": brier, "huber": huber, "hinge": hinge,
 
 # ---- the loss of the best constant predictor ----
 
-def constant_loss(loss, frequencies, **options):
+def constant_loss(loss, frequencies, delta=1.0):
     """Return the loss of the best constant logits z, given class frequencies p (C,).
 
     Minimizes the expected loss by L-BFGS, in O(C log C) a step; the hinge is a
-    linear program with an exact solution. loss: a function of LOSSES. options:
-    huber's delta.
+    linear program with an exact solution. loss: a function of LOSSES. delta: huber's.
     """
     p, name = frequencies.double(), next(name for name in LOSSES if LOSSES[name] is loss)
     if name == "hinge":
@@ -113,7 +113,7 @@ def constant_loss(loss, frequencies, **options):
         return p[order] @ violations / len(p)
 
     def huber_of(error):
-        inner = error.clamp(-options.get("delta", 1.0), options.get("delta", 1.0))
+        inner = error.clamp(-delta, delta)
         return inner * (error - inner / 2)
 
     return _minimum({
@@ -199,9 +199,6 @@ def _lowest_hinge(p):
 
 # {"weights": [(R, *shape)], "lr": [(R, 1, ...)], ...}, a list entry per tensor
 
-SCRATCH = ("grads", "calls")        # what steps make anew where it is missing
-
-
 def make(model, initial, lr, weight_decay=0.0, eps=1e-8, moments=0,
          device="cpu", dtype=torch.float32):
     """Return the stack of R = len(initial) replicas of a model, a dict.
@@ -240,7 +237,7 @@ def drop_(replicas, keep):
     """Keep the replicas where keep (R,) is true, tensor after tensor."""
     if keep.all():
         return
-    for key in SCRATCH:
+    for key in ("grads", "calls"):      # steps make them anew
         replicas.pop(key, None)
     for tensors in replicas.values():
         for i, tensor in enumerate(tensors):
@@ -276,19 +273,26 @@ def module_network(model, loss, alone=False):
              for module in model.modules()
              for key, p in module._parameters.items() if p is w]
 
-    def single(weights, x):         # functional_call costs a tenth of a small model's step
-        own = [owner[key] for _, owner, key in slots]
+    def is_single(weights):
+        return alone and len(weights[0]) == 1
+
+    @contextmanager
+    def parameters_set(weights):
+        """Let a stack of one that trains alone be the model's parameters."""
+        places = slots if is_single(weights) else ()
+        own = [owner[key] for _, owner, key in places]
         try:
-            for i, owner, key in slots:
+            for i, owner, key in places:
                 owner[key] = weights[i].squeeze(0)
-            return model(x[0])[None]
+            yield
         finally:
-            for (_, owner, key), w in zip(slots, own):
+            for (_, owner, key), w in zip(places, own):
                 owner[key] = w
 
     def forward(weights, x):
-        if alone and len(weights[0]) == 1:
-            logits = single(weights, x)
+        if is_single(weights):      # functional_call costs a tenth of a small model's step
+            with parameters_set(weights):
+                logits = model(x[0])[None]
         else:
             logits = vmap(lambda w, x: functional_call(model, dict(zip(names, w)), x))(
                 tuple(weights), x)
@@ -296,8 +300,9 @@ def module_network(model, loss, alone=False):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def gradients(weights, x, y, out=None):
-        with torch.enable_grad():
-            leaves = [w.detach().requires_grad_() for w in weights]
+        leaves = [w.detach().requires_grad_() for w in weights]
+        # set until the backward pass ends, which recomputes checkpointed activations
+        with torch.enable_grad(), parameters_set(leaves):
             logits = forward(leaves, x)
             losses, chi = loss(logits.detach(), y)
             # Replicas meet nowhere: one backward pass serves all.

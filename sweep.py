@@ -33,8 +33,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:             # Windows
-    import msvcrt
+except ImportError:             # Windows, where nothing locks a folder
     fcntl = None
 import numpy as np
 import torch
@@ -56,76 +55,63 @@ GPT = dict(model="gpt", loss="ce", stable_if="learned")
 PAPER_GPT = dict(steps=10_681, layers=6, context=512, batch_size=256, accumulate=8,
                  warmup=700, dtype="bfloat16", base_width=256)
 PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
-    "headline": (
-        "CE against MSE on generated data",
+    "headline": ("CE against MSE on generated data",
         dict(),
         PAPER),
-    "course": (
-        "logits, hidden updates and loss over the first steps: the mechanism",
+    "course": ("logits, hidden updates and loss over the first steps: the mechanism",
         dict(loss=["ce", "mse", "huber"], alpha=0.5, widths=[*WIDTHS[1:], 2048],
              hidden_layers=4, lrs=[0.1], readout_scale=0.05, steps=100, seeds=5, track=5),
         dict(widths=PAPER_WIDTHS, hidden_layers=7)),
-    "phase": (
-        "loss over LR and width as a map, full grid",
+    "phase": ("loss over LR and width as a map, full grid",
         dict(loss=["ce", "mse", "huber"], widths=[*WIDTHS, 2048], hidden_layers=4, seeds=1,
              search="grid", lr_range=[2 ** -7, 4.0]),
         dict(PAPER, widths=[*PAPER_WIDTHS, 8192], seeds=1)),
-    "bounded": (
-        "six losses: does a bounded derivative decide?",
+    "bounded": ("six losses: does a bounded derivative decide?",
         dict(loss=["ce", "hinge", "huber", "squared_hinge", "mse", "brier"]),
         PAPER),
-    "optimal_lr": (
-        "CE against MSE on Fashion-MNIST (paper: MNIST), 8-layer MLP (Fig. 1)",
+    "optimal_lr": ("CE against MSE on Fashion-MNIST (paper: MNIST), 8-layer MLP (Fig. 1)",
         dict(data="fashion_mnist", hidden_layers=7, steps=240, widths=[*WIDTHS[1:], 2048],
              seeds=2, lr_range=[2 ** -9, 1.0], stable_if="accuracy"),
         dict(PAPER, data="mnist", widths=[*PAPER_WIDTHS, 8192, 16384],
              lr_range=[2 ** -12, 4.0])),
-    "lr_transfer": (
-        "loss against LR in four parameterizations, full grid (Fig. 5)",
+    "lr_transfer": ("loss against LR in four parameterizations, full grid (Fig. 5)",
         dict(param=["sp", "ntp", "mup", "sp_full_align"], loss="ce", widths=WIDTHS[:4],
-             steps=1500, search="grid", lr_range=[2 ** -5, 4.0]),
+             train_size=200_000, decay="cosine", steps=1500, search="grid",
+             lr_range=[2 ** -5, 4.0]),
         dict(PAPER, data="mnist", lr_range=None, stable_if="accuracy")),
-    "losses": (
-        "best accuracy of CE, MSE and Brier in three parameterizations (Fig. 7)",
+    "losses": ("best accuracy of CE, MSE and Brier in three parameterizations (Fig. 7)",
         dict(data="fashion_mnist", loss=["ce", "mse", "brier"], seeds=2,
              param=["sp", "mup", "sp_full_align"], widths=[64, 256, 1024], base_width=64,
              stable_if="accuracy"),
         dict(PAPER, widths=[*PAPER_WIDTHS, 8192], base_width=256)),
-    "regimes": (
-        "exponents of updates against α (Propositions 1 and 2)",
+    "regimes": ("exponents of updates against α (Propositions 1 and 2)",
         dict(alpha=[-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25], widths=WIDE, seeds=8,
              lrs=[0.005], readout_scale=0.05, steps=4, track=1),
         dict(hidden_layers=7, steps=10, seeds=4)),
-    "updates": (
-        "update norms of every layer against width (Fig. 4)",
+    "updates": ("update norms of every layer against width (Fig. 4)",
         dict(curves=[dict(alpha=0.5), dict(param="mup"), dict(param="sp_full_align")],
              loss="ce", widths=WIDE, seeds=8, lrs=[0.1], readout_scale=0.05, steps=10,
              track=1),
         dict(hidden_layers=7, steps=100, seeds=4, track=10)),
-    "alignment": (
-        "alignment over training (Fig. 2)",
+    "alignment": ("alignment over training (Fig. 2)",
         dict(alpha=0.5, loss="ce", hidden_layers=4, lrs=[0.1], steps=200, track=20,
              alignment=True),
         dict(PAPER, data="mnist", track=50)),
-    "limit": (
-        "spread of the features' kernels over initializations (Proposition 2)",
+    "limit": ("spread of the features' kernels over initializations (Proposition 2)",
         dict(curves=[dict(alpha=0.5), dict(alpha=1.0), dict(param="mup")], loss="ce",
              widths=[*WIDTHS[1:], 2048], seeds=6, lrs=[0.1], readout_scale=0.05, steps=4,
              track=1, kernels=True, same_batches=True),
         dict(widths=[*PAPER_WIDTHS, 8192])),
-    "binding": (
-        "edge exponents with one role frozen in turn",
+    "binding": ("edge exponents with one role frozen in turn",
         dict(curves=[dict(lr_factor=frozen) for frozen in
                      ("", "input=0", "hidden=0", "output=0", "hidden=0 input=0")]),
         PAPER),
-    "gpt_binding": (
-        "the same for the norm gains of a GPT under Adam",
+    "gpt_binding": ("the same for the norm gains of a GPT under Adam",
         dict(GPT, optimizer="adam", widths=[32, 64, 128, 256], steps=450, batch_size=4, curves=[
             dict(lr_factor=frozen) for frozen in
             ("", "blocks.*norm*=0", "norm.weight=0", "vector=0")]),
         dict(PAPER_GPT, widths=[256, 1024, 4096])),
-    "gpt": (
-        "a GPT under SGD and Adam, with and without norm gains (Fig. 6)",
+    "gpt": ("a GPT under SGD and Adam, with and without norm gains (Fig. 6)",
         dict(GPT, widths=[32, 64, 128, 256], steps=450, batch_size=4, curves=[
             dict(optimizer="sgd"),
             dict(optimizer="adam"),
@@ -133,12 +119,10 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
             dict(optimizer="adam", param="mup"),
             dict(optimizer="adam", param="sp_full_align")]),
         dict(PAPER_GPT, widths=[256, 1024, 4096])),
-    "gpt_small": (
-        "a small grid of it; the default of --model gpt",
+    "gpt_small": ("a small grid of it; the default of --model gpt",
         dict(GPT, widths=[32, 64, 128], seeds=2, steps=100, optimizer="adam"),
         dict(PAPER_GPT, widths=[256, 1024])),
-    "gpt_updates": (
-        "update norms of every tensor of a GPT against width",
+    "gpt_updates": ("update norms of every tensor of a GPT against width",
         dict(model="gpt", loss="ce", optimizer="adam", param=["sp", "mup", "sp_full_align"],
              widths=[*WIDTHS[2:], 2048, 4096], batch_size=2, lrs=[0.001], warmup=0,
              decay="none", steps=4, track=1),
@@ -256,8 +240,7 @@ def replay_search(cell, column_of, criterion, search):
 
 
 def missing_runs(args, fixed, curves, rows):
-    """Return the runs that come next: of a grid all, of a search those of every
-    curve's narrowest unfinished width."""
+    """Return the next runs: a grid's all, a search's of each curve's narrowest unfinished width."""
     missing = []
     for curve in curves:
         grid, lr_of = lr_grid(args, curve)
@@ -265,8 +248,7 @@ def missing_runs(args, fixed, curves, rows):
         hint = None
         for width in args["widths"]:
             cell = cell_of(rows.values(), curve, width, args["seeds"])
-            column_of = {k_of[lr]: i for i, lr in enumerate(cell["lr"].tolist())
-                         if lr in k_of}
+            column_of = {k_of[lr]: i for i, lr in enumerate(cell["lr"].tolist()) if lr in k_of}
 
             def search(known):
                 return next_points(known, grid, lr_of, args["search"], hint, cell["chance"])
@@ -328,8 +310,7 @@ def largest_stack(config, shape, device):
 
 
 def stacks(runs, shape, device="cpu", size="auto", ranks=1):
-    """Yield lists of runs that train.train can take, each of at most `size`
-    (auto: largest_stack), and enough of them for all ranks."""
+    """Yield lists of runs for train.train, at most `size` each, and enough for all ranks."""
     groups = {}
     for run in runs:
         shared = [run[name] for name in settings.SETTINGS if name not in settings.PER_REPLICA]
@@ -341,8 +322,7 @@ def stacks(runs, shape, device="cpu", size="auto", ranks=1):
         # parts of equal sizes, in whole units
         units = math.ceil(len(group) / unit)
         parts = max(math.ceil(units / (most // unit)), min(ranks, units))
-        bounds = [min(len(group), unit * (units * i // parts))
-                  for i in range(parts + 1)]
+        bounds = [min(len(group), unit * (units * i // parts)) for i in range(parts + 1)]
         yield from (group[a:b] for a, b in itertools.pairwise(bounds))
 
 
@@ -354,20 +334,18 @@ def train_or_halve(batch, splits, device, tracked, **tracking):
         return train.train(batch, splits, device, tracked=tracked, **tracking)
     except train.CannotStack as error:
         say_once(f"{str(error).partition(';')[0]}; they train one by one")
-        return [row for run in batch
-                for row in train_or_halve([run], splits, device, tracked, **tracking)]
+        parts = [[run] for run in batch]
     except (RuntimeError, MemoryError) as error:
         if not settings.is_out_of_memory(error):
             raise
-    del tracked[before:]
-    width, half = batch[0]["width"], len(batch) // 2
-    if half == 0:
-        say_once(f"width {width}: out of memory for a single run; "
-                 "it becomes a row without results")
-        return [train.failed_row(batch[0], "out of memory", device)]
-    say_once(f"width {width}: out of memory for {len(batch)} runs at once; "
-             f"continuing with {half}")
-    return [row for part in (batch[:half], batch[half:])
+        del tracked[before:]
+        words, half = f"width {batch[0]['width']}: out of memory for", len(batch) // 2
+        if half == 0:
+            say_once(f"{words} a single run; it becomes a row without results")
+            return [train.failed_row(batch[0], "out of memory", device)]
+        say_once(f"{words} {len(batch)} runs at once; continuing with {half}")
+        parts = batch[:half], batch[half:]
+    return [row for part in parts
             for row in train_or_halve(part, splits, device, tracked, **tracking)]
 
 
@@ -392,8 +370,7 @@ class Ranks:
             self.store.set_timeout(datetime.timedelta(days=365))
 
     def share(self, batches):
-        """Yield the batches that fall to this rank, widest first: whoever is free takes
-        the next."""
+        """Yield this rank's batches, widest first: whoever is free takes the next."""
         if self.store is None:
             yield from batches
             return
@@ -417,8 +394,7 @@ class Ranks:
 
 
 def run_missing(args, fixed, curves, splits, device, rows, ranks):
-    """Run what is missing, round by round, and add each batch's rows to the files
-    and to rows."""
+    """Run what is missing, round by round, and add each batch's rows to files and to rows."""
     report = progress_line(args, curves, rows)
     shape = train.shape_of(run_of(fixed, curves[0], fixed["width"]), splits)
     while missing := missing_runs(args, fixed, curves, rows):
@@ -443,16 +419,12 @@ def rows_file(kind, rank):
 
 
 def open_folder(out, rank=0):
-    """Return this rank's file of rows, locked until it is closed. InputError if another
-    sweep holds it."""
-    train.make_folder(out)
+    """Return this rank's file of rows, locked until it is closed, or raise InputError."""
+    out.mkdir(parents=True, exist_ok=True)
     file = open(out / rows_file("runs", rank), "a")
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            file.seek(2 ** 30)          # a byte that nobody reads
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError:
         file.close()
         raise InputError(f"another sweep is writing to {out}; "
@@ -483,8 +455,7 @@ def check_folder(out, rows, fixed, tracking):
         before = json.loads(path.read_text()) if rows and path.exists() else {}
         before = {name: before.get(name, value) for name, value in tracking.items()}
     except (ValueError, AttributeError):
-        raise InputError(f"{path} is damaged; remove it, "
-                         "if the rows beside it are of this sweep, "
+        raise InputError(f"{path} is damaged; remove it, if the rows beside it are of this sweep, "
                          "or use another --out") from None
     for name, value in tracking.items():
         if before[name] != value:
@@ -493,11 +464,9 @@ def check_folder(out, rows, fixed, tracking):
 
 
 def progress_line(args, curves, rows):
-    """Return report(width), which prints a line on standard error: rewritten in place on
-    a terminal, else one a minute.
+    """Return report(width), which prints progress, if not on a terminal once a minute.
 
-    The time left goes by what runs of each width took, at a width without any by
-    those of the nearest one.
+    The time left goes by what runs took at each width, or else at the nearest one.
     """
     planned, before = planned_counts(args, curves), set(rows)
     start = shown = time.monotonic()
@@ -509,8 +478,7 @@ def progress_line(args, curves, rows):
             return
 
         shown, done, left, missing = now, 0, 0.0, 0
-        took = {w: [row["seconds"] for row in rows.values() if row["width"] == w]
-                for w in planned}
+        took = {w: [row["seconds"] for row in rows.values() if row["width"] == w] for w in planned}
         for w, count in planned.items():
             near = min((v for v in took if took[v]), key=lambda v: abs(math.log(v / w)))
             more = max(0, count - len(took[w]))
@@ -573,13 +541,11 @@ def sweep_flags(parser):
         help="LRs to run: around optimum and edge, or all (default coarse-to-fine)")
     add("--stable-if", default="chance", metavar="NAME[=X]",
         help=f"{analyze.criteria_help()} (default chance)")
-    add("--out", metavar="DIR",
-        help="result folder (default out/PRESET and the settings given)")
+    add("--out", metavar="DIR", help="result folder (default out/PRESET and the settings given)")
     add("--no-plots", action="store_true", help="no figures")
     add("--dry-run", action="store_true",
         help="print runs and parameters at every width, and run nothing")
-    add("--stack", default="auto", metavar="N",
-        help="most replicas trained at once (default auto)")
+    add("--stack", default="auto", metavar="N", help="most replicas trained at once (default auto)")
 
 
 def parse(argv=None):
@@ -635,8 +601,7 @@ def as_list(value):
 
 
 def default_out(preset, first_pass):
-    """Return out/PRESET and the settings given: other curves do not overwrite a preset's
-    summary."""
+    """Return out/PRESET_SETTINGS: other curves do not overwrite a preset's summary."""
     parts = [preset]
     for name, value in first_pass.items():
         if name in settings.SETTINGS and value not in (None, "gpt", "mlp"):
@@ -692,11 +657,11 @@ def main(argv=None):
             if args["track"]:
                 # sound, and whole, before more is appended
                 read_rows(out, "track*.jsonl", repair=True)
-            check_folder(out, rows, fixed, {name: args[name] for name in ("track", "alignment", "kernels")})
-            print(f"{args['preset']}: {first['model']} on {first['data']}, "
-                  f"{len(curves)} curves, widths {' '.join(map(str, args['widths']))}, "
-                  f"{args['seeds']} seeds, {first['steps']} steps, "
-                  f"{args['search']} over LRs, into {out}", file=sys.stderr)
+            tracking = {name: args[name] for name in ("track", "alignment", "kernels")}
+            check_folder(out, rows, fixed, tracking)
+            print(f"{args['preset']}: {first['model']} on {first['data']}, {len(curves)} curves, "
+                  f"widths {' '.join(map(str, args['widths']))}, {args['seeds']} seeds, "
+                  f"{first['steps']} steps, {args['search']} over LRs, into {out}", file=sys.stderr)
         if rows:
             print(f"{out}: resuming after {len(rows)} runs", file=sys.stderr)
         ranks.exchange(out, rows)
@@ -708,7 +673,8 @@ def main(argv=None):
                 "run the same command again to resume") from None
         print(file=sys.stderr)
         if ranks.rank == 0:
-            analyze.report(out, args["stable_if"], " ".join(["python", *sys.argv]))
+            command = sys.argv if argv is None else ["sweep.py", *argv]
+            analyze.report(out, args["stable_if"], " ".join(["python", *command]))
             if not args["no_plots"]:
                 analyze.draw(out)
 

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import estimate
 import linear_net
 import metrics
 import models
@@ -54,8 +55,8 @@ torch.set_num_threads(1)
     ("mse", "sgd", 1, "all", 1.0),
     ("ce", "adam", 3, "all", 1.0),
     ("mse", "adam", 3, "all", 1.0),
-    ("ce", "sgd", 3, "readout", -math.inf),
-    ("mse", "sgd", 3, "readout", 1.0),
+    ("ce", "sgd", 3, ("output",), -math.inf),
+    ("mse", "sgd", 3, ("output",), 1.0),
 ])
 def test_proposition_1_largest_stable_exponents_of_sp(
         loss, optimizer, hidden_layers, trainable, alpha):
@@ -210,7 +211,7 @@ def exponent_of_logs(widths, logs):
     """Slope of mean logs (W,) against log width; nan where one is not finite."""
     if not logs.isfinite().all():
         return math.nan
-    return metrics.fit_exponent(widths, logs.exp())[0]
+    return estimate.fit_exponent(widths, logs.exp().numpy())[0]
 
 
 def predicted_updates(*settings, step=1, **options):
@@ -346,7 +347,7 @@ def survives(loss, width, seeds, lrs):
     x, y = (torch.stack(part).unflatten(1, (EDGE_STEPS, 32)) for part in zip(*data))
 
     replicas = stack.make(model, initial, lrs)
-    network, rule = stack.mlp_network(stack.LOSSES[loss].function), stack.Rule("sgd")
+    network, rule = stack.mlp_network(stack.LOSSES[loss]), stack.Rule("sgd")
     losses = torch.full((EDGE_STEPS, len(seeds)), math.inf)
     alive = torch.arange(len(seeds))
     with torch.no_grad():

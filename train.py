@@ -1,20 +1,18 @@
 """Trains a batch of runs as one stack, from settings to result rows.
 
-    settings -> param.param_groups -> a learning rate per replica and tensor
-             -> stack.advance -> one row per run
+    settings -> a learning rate per replica and tensor -> stack.advance -> one row per run
 
-Runs of the same shape, data and loss train as one stack (stack.py), each with
-its own seed and learning rates, and each ends with the row it would have alone; a
-single run is a stack of one. A run whose loss is no longer finite is recorded
-and leaves the stack.
+Runs of the same shape, data and loss train as one stack (stack.py), each with its own
+seed and learning rates, and each ends with the row it would have alone. A run whose
+loss is no longer finite is recorded and leaves the stack.
 
     python train.py --width 512 --lr 0.1                # prints the row of one run
     rows = train([{"width": 512, "lr": lr} for lr in (0.1, 0.2)])
 
-At one seed every width and learning rate starts from the same generator and
-sees the same batches. Departure from the paper: batches are drawn with
-replacement. Out of scope: data augmentation; checkpoints within a run (a run
-begins anew); one run on several devices (use param.py in a trainer with FSDP).
+At one seed every width and learning rate starts from the same generator and sees the
+same batches. Departure from the paper: batches are drawn with replacement. Out of
+scope: data augmentation; checkpoints within a run; one run on several devices (use
+param.py in a trainer with FSDP).
 """
 import os
 if __name__ == "__main__":      # before torch loads MKL: the same bits in any stack
@@ -24,12 +22,11 @@ import contextlib
 import functools
 import json
 import math
-import platform
 import random
 import re
-import subprocess
 import sys
 import time
+import traceback
 import warnings
 from operator import itemgetter
 from pathlib import Path
@@ -44,8 +41,9 @@ import metrics
 import models
 import param
 import stack
-from config import (PER_REPLICA, RESULTS, VALIDATION, InputError, configure, is_custom,
-                    param_args, require, run_id)
+from config import (PER_REPLICA, RESULTS, VALIDATION, InputError, chance_loss, configure,
+                    declared_roles, gain_of, is_custom, loss_function, param_args, precision,
+                    provenance, require, rule_of, run_id, weight_dtype)
 
 
 def train(runs, splits=None, device="cpu", data_dir=None, progress=None,
@@ -54,16 +52,15 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None,
 
     runs: a dict of settings or a list of them, missing ones at their defaults; only
     PER_REPLICA may differ. splits: from data.load, loaded if absent.
-    progress(step, replicas still training) is called at times. track = N appends to
-    the list `tracked` what metrics.measurements finds after each of the first 20
-    steps, every N-th and the last.
+    progress(step, replicas still training) is called at times. track = N appends to the
+    list `tracked` what metrics.measurements returns after each of the first 20 steps,
+    every N-th and the last.
 
     A row holds the settings, their id, results and provenance. final_train_loss and
     train_accuracy are means over the last tenth of the steps, VALIDATION those over the
     validation samples; chance_loss is a constant predictor's. diverged_at is the first
     step, from zero, whose loss is not finite (steps, if only the last update blew up);
-    results are then null. InputError for bad settings, and for runs that cannot share
-    a stack.
+    results are then null. InputError for bad settings, or runs that cannot share a stack.
     """
     start = time.perf_counter()
     batch, config, splits = prepare(runs, splits, device, data_dir)
@@ -76,7 +73,7 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None,
     tracker = (Tracker(record, replicas, template, roles, splits, config, alignment, kernels)
                if track else None)
     sharpness = initial_sharpness(replicas, template, splits, config)
-    steps, late = config["steps"], first_late_step(config["steps"])
+    steps = config["steps"]
     look_every = 5 if torch.device(device).type == "cpu" else 25
     order_of = row_of       # of the replicas that still train
 
@@ -86,7 +83,7 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None,
             x, y = splits.batch(order[order_of, step])
             means = stack.advance(replicas, x, y, model, rule, step, lr_factor(step, config),
                                   config["accumulate"],
-                                  accuracy=step >= late and not splits.is_real_valued)
+                                  accuracy=step >= record.late and not splits.is_real_valued)
             record.add(step, means)
 
             # measure every module, where asked for
@@ -127,8 +124,6 @@ def prepare(runs, splits, device, data_dir):
 
     splits = data.load(config, data_dir, device) if splits is None else splits
     batch = [settings.of_data(run, splits) for run in batch]
-    require(config["batch_size"] <= splits.samples, "batch_size", config["batch_size"],
-            f"at most the {splits.samples} training samples")
     # a stack has weight decay if any of its runs does
     config = dict(batch[0], weight_decay=max(run["weight_decay"] for run in batch))
     return batch, config, splits
@@ -145,42 +140,45 @@ def shape_of(config, splits=None):
 
 @contextlib.contextmanager
 def as_input_error():
-    """Turn what a model refuses (ValueError) into a line for its user."""
+    """Turn what models.py and param.py refuse into a line for the user.
+
+    Other errors are the model's own, and keep their traceback.
+    """
     try:
         yield
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if raised_in not in (models.__file__, param.__file__):
+            raise
+        words = str(error).replace("overrides={NAME_OR_PATTERN: role}", "--roles NAME=ROLE")
+        raise InputError(words) from None
 
 
 def build_network(config, width, shape):
     """Return the model at a width as it initializes itself, from the run's seed alone."""
-    if config["model"] == "mlp":
-        return models.MLP(shape.inputs, width, config["hidden_layers"], shape.outputs,
-                          config["bias"])
-    if config["model"] == "gpt":
-        sizes = itemgetter("layers", "context", "head_dim", "norm_affine", "qk_norm")(config)
-        return models.GPT(shape.outputs, width, *sizes)
     with seeded(data.stream_seed(config["seed"], "build")):
+        if config["model"] == "mlp":
+            layers, bias = config["hidden_layers"], config["bias"]
+            return models.MLP(shape.inputs, width, layers, shape.outputs, bias)
+        if config["model"] == "gpt":
+            sizes = itemgetter("layers", "context", "head_dim", "norm_affine", "qk_norm")(config)
+            return models.GPT(shape.outputs, width, *sizes)
         return models.custom_model(config["model"], width, shape)
 
 
 @contextlib.contextmanager
 def seeded(seed):
     """Seed torch's, numpy's and Python's generators, and restore them at the end."""
-    states = random_states()
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed % 2 ** 32)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-
-
-def random_states():
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed % 2 ** 32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
 
 
 def shapes_only(config, width, shape):
@@ -202,12 +200,17 @@ def on_meta_device(model):
     return models.set_parameters(model, [w.detach().to("meta") for w in model.parameters()])
 
 
+def cast_(model, dtype, device="cpu"):
+    """Move a model, and give its real numbers this dtype; complex buffers keep theirs."""
+    return model._apply(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))
+
+
 def build(config, shape, device="cpu"):
     """Return (model, {parameter name: role}, shape_info) at the config's width.
 
-    The model's parameters lie on the meta device, since the stack holds the
-    weights; its buffers are on the device. shape_info is what a prediction must
-    know of the model. InputError for what the model refuses.
+    The model's parameters lie on the meta device, since the stack holds the weights; its
+    buffers are on the device. shape_info is what a prediction must know of the model.
+    InputError for what the model refuses.
     """
     width, base_width = config["width"], config["base_width"]
     model, base = (shapes_only(config, n, shape) for n in (width, base_width))
@@ -223,18 +226,9 @@ def build(config, shape, device="cpu"):
 
     if is_custom(config):
         with as_input_error():
-            model = on_meta_device(build_network(config, width, shape))
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-                dtype = weight_dtype(config) if buffer.is_floating_point() else buffer.dtype
-                module._buffers[name] = buffer.to(device, dtype)
+            model = cast_(build_network(config, width, shape), weight_dtype(config), device)
+        on_meta_device(model)
     return model, roles, shape_info
-
-
-def declared_roles(config):
-    """Return {parameter name or pattern: role} of the model's file and of --roles."""
-    of_file = models.load_custom(config["model"]).roles if is_custom(config) else {}
-    return {**of_file, **settings.pairs(config["roles"])}
 
 
 def roles_of(config, model, base):
@@ -249,8 +243,8 @@ def roles_of(config, model, base):
 
 def make_replicas(batch, model, roles, splits, device):
     """Return the stack of R runs, each drawn and scaled by its own settings."""
-    draws = [itemgetter("seed", "param", "readout_scale")(run) for run in batch]
     base = shapes_only(batch[0], batch[0]["base_width"], shape_of(batch[0], splits))
+    draws = [itemgetter("seed", "param", "readout_scale")(run) for run in batch]
 
     def initial():
         for r, run in enumerate(batch):
@@ -274,9 +268,9 @@ def initial_weights(run, base, roles, splits):
     """Return a run's initial weights, [shape] in the model's order, on the CPU."""
     shape, dtype = shape_of(run, splits), weight_dtype(run)
     with as_input_error():
-        model = build_network(run, run["width"], shape).to(dtype)
+        model = cast_(build_network(run, run["width"], shape), dtype)
         if run["init"] == "own":
-            base = build_network(run, run["base_width"], shape).to(dtype)
+            base = cast_(build_network(run, run["base_width"], shape), dtype)
             param.rescale_(model, base, run["param"], roles)
         else:
             generator = data.stream(run["seed"], "weights")
@@ -293,20 +287,18 @@ def initial_weights(run, base, roles, splits):
 def try_model(model, run, splits):
     """Return the parameters' names in the order in which the model uses them.
 
-    InputError unless two passes over a batch of the data give the same finite
-    outputs of the right shape, and leave buffers and random generators as they were.
+    InputError unless two passes over a batch of the data give the same finite outputs of
+    the right shape, and leave buffers and torch's generator as they were.
     """
-    order, hooks = [], []
+    order = []
     for prefix, module in model.named_modules():
         names = [f"{prefix}.{name}".lstrip(".") for name in module._parameters]
-        hooks.append(module.register_forward_pre_hook(
-            lambda module, args, names=names: order.extend(names)))
+        module.register_forward_hook(lambda module, args, output, names=names: order.extend(names))
     x, _ = splits.batch(torch.arange(run["batch_size"], device=index_device(splits)))
     x = x.cpu()
-    before, states = [buffer.clone() for buffer in model.buffers()], random_states()
+    before = [torch.get_rng_state(), *(buffer.clone() for buffer in model.buffers())]
     outputs, again = model(x), model(x)
-    for hook in hooks:
-        hook.remove()
+    after = [torch.get_rng_state(), *model.buffers()]
 
     expected = (len(x), *((run["context"],) if splits.y is None else ()), splits.outputs)
     spec, shape = run["model"], tuple(getattr(outputs, "shape", ())) or type(outputs).__name__
@@ -316,18 +308,10 @@ def try_model(model, run, splits):
     if not outputs.isfinite().all():
         raise InputError(f"{spec} makes outputs that are not finite at width {run['width']}, "
                          "before any training")
-    unchanged = all(torch.equal(a, b) for a, b in zip(before, model.buffers()))
-    torch_state, numpy_state, python_state = random_states()
-    if not (torch.equal(outputs, again) and unchanged and torch.equal(torch_state, states[0])
-            and str(numpy_state) == str(states[1]) and python_state == states[2]):
+    if not torch.equal(outputs, again) or not all(map(torch.equal, before, after)):
         raise InputError(f"{spec} draws random numbers or changes a buffer in forward, so that "
                          "two passes over a batch differ; a run must follow from its seed")
     return order
-
-
-def gain_of(config):
-    """He's for ReLU; the inputs of a decoder's layers are normalized."""
-    return 1.0 if settings.is_text(config) else math.sqrt(2)
 
 
 def plan(run, splits=None):
@@ -342,33 +326,9 @@ def plan(run, splits=None):
                           overrides=roles, std=std)
 
 
-def weight_dtype(config):
-    """bfloat16 is autocast's: weights and data stay float32."""
-    return torch.float64 if config["dtype"] == "float64" else torch.float32
-
-
-def loss_function(config):
-    """Return the loss of stack.LOSSES with its options set."""
-    loss = stack.LOSSES[config["loss"]]
-    return (functools.partial(loss, delta=config["huber_delta"])
-            if config["loss"] == "huber" else loss)
-
-
-def chance_loss(config, splits):
-    """Return the loss of the best constant predictor.
-
-    For text under cross-entropy it is the unigram entropy.
-    """
-    if splits.is_real_valued:
-        return stack.constant_loss_of_targets(loss_function(config), splits.y)
-    return stack.constant_loss(stack.LOSSES[config["loss"]], splits.frequencies,
-                               delta=config["huber_delta"])
-
-
 def trains_alone(config, model):
     """Whether a run on the CPU trains faster alone than in a stack."""
-    convolves = any(isinstance(module, torch.nn.modules.conv._ConvNd)
-                    for module in model.modules())
+    convolves = any(isinstance(module, torch.nn.modules.conv._ConvNd) for module in model.modules())
     return settings.is_text(config) or convolves
 
 
@@ -400,12 +360,6 @@ def stacked_model(config, model, replicas, x, y):
     return stacked
 
 
-def rule_of(config):
-    return stack.Rule(config["optimizer"],
-                      config["momentum"], config["beta1"], config["beta2"],
-                      config["weight_decay"] > 0, config["clip"])
-
-
 def index_device(splits):
     """Return where indices of samples lie: with the data, for text on the CPU."""
     return "cpu" if splits.y is None else splits.x.device
@@ -416,12 +370,11 @@ def data_order(batch, splits, config):
 
     A seed's order follows from the seed alone.
     """
-    device = index_device(splits)
-    size, order = (config["steps"], config["batch_size"]), []
+    device, size = index_device(splits), (config["steps"], config["batch_size"])
     seed_of = [0 if run["same_batches"] else run["seed"] for run in batch]
     seeds = sorted(set(seed_of))
-    for seed in seeds:
-        order.append(torch.randint(splits.samples, size, generator=data.stream(seed, "batches")))
+    order = [torch.randint(splits.samples, size, generator=data.stream(seed, "batches"))
+             for seed in seeds]
     rows = [seeds.index(seed) for seed in seed_of]
     return torch.stack(order).to(device), torch.tensor(rows, device=device)
 
@@ -429,9 +382,7 @@ def data_order(batch, splits, config):
 # ---- in the loop ----
 
 def lr_factor(step, config):
-    """Return the factor on every LR at a step, from zero:
-    linear warmup, then constant or cosine to a tenth.
-    """
+    """Return the factor on every LR at a step, counted from zero."""
     warmup = config["warmup"]
     if step < warmup:
         return (step + 1) / warmup
@@ -441,37 +392,18 @@ def lr_factor(step, config):
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
-def first_late_step(steps):
-    """Return the step from which on losses and accuracies count."""
-    return steps - max(1, steps // 10)
-
-
-@contextlib.contextmanager
-def precision(config, device):
-    """Set how matrix products are rounded; torch's own setting comes back at the end."""
-    before = torch.get_float32_matmul_precision()
-    half = config["dtype"] == "bfloat16"
-    try:
-        if config["dtype"] == "tf32":
-            torch.set_float32_matmul_precision("high")
-        with torch.autocast(torch.device(device).type, torch.bfloat16, half,
-                            cache_enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 class Record:
     """The losses and accuracies of a batch of runs, and which of them still train."""
 
     def __init__(self, batch, replicas, device):
+        size = batch[0]["steps"], len(batch)
         self.ids = [run_id(run) for run in batch]
         self.alive = torch.arange(len(batch), device=device)    # replicas still training
         self.diverged_at = [None] * len(batch)
-        self.losses = replicas["weights"][0].new_full(          # (steps, R)
-            (batch[0]["steps"], len(batch)), math.nan)
+        self.losses = replicas["weights"][0].new_full(size, math.nan)   # (steps, R)
         self.accuracies = torch.zeros_like(self.losses)
-        self.checked = 0
+        self.late = size[0] - max(1, size[0] // 10)     # the step from which on they count
+        self.checked = 0                                # steps already searched for nan
 
     def add(self, step, means):
         for values, of_steps in zip(means, (self.losses, self.accuracies)):
@@ -500,18 +432,25 @@ class Record:
         return keep
 
 
+def first_samples(splits, config):
+    """Return as many (x, y) to validate as a batch has, on which modules are measured."""
+    return splits.x_val[:config["batch_size"]], splits.y_val[:config["batch_size"]]
+
+
 class Tracker:
     """Measures every module of every replica on the first validation samples."""
 
     def __init__(self, record, replicas, model, roles, splits, config, alignment, kernels):
-        self.kernels = kernels and config["model"] == "mlp"
-        self.record, self.replicas, self.model, self.roles = record, replicas, model, roles
-        self.loss, self.steps = loss_function(config), config["steps"]
-        self.x, self.y = (part[:config["batch_size"]] for part in (splits.x_val, splits.y_val))
-        # copies of the initial weights, since training updates them in place
+        self.record, self.replicas, self.model = record, replicas, model
+        self.x, self.y = first_samples(splits, config)
+        self.loss = loss_function(config)
+        self.step_of_kernels = config["steps"] if kernels and config["model"] == "mlp" else None
+        self.role_of = {name.rpartition(".")[0]: role for name, role in roles.items()
+                        if name.endswith("weight")} | {"": "logits"}
         self.initial = {}
         with torch.no_grad():
             for r in record.alive.tolist():
+                # copies, since training updates the weights in place
                 models.set_parameters(model, [w[r].clone() for w in replicas["weights"]])
                 self.initial[r] = (metrics.capture(model, self.x), model(self.x),
                                    {} if alignment else None)
@@ -519,32 +458,27 @@ class Tracker:
     def measure(self, done):
         """Return a dict per replica and module, see metrics.measurements."""
         rows = []
-        role_of = {name.rpartition(".")[0]: role for name, role in self.roles.items()
-                   if name.endswith("weight")}
         with torch.autocast(self.x.device.type, enabled=False):
             for position, r in enumerate(self.record.alive.tolist()):
                 models.set_parameters(self.model, [w[position] for w in self.replicas["weights"]])
                 reference, logits, norm_cache = self.initial[r]
-                for row in metrics.measurements(self.model, reference, self.x, self.y,
-                                                self.loss, logits, norm_cache,
-                                                self.kernels and done == self.steps):
-                    role = role_of.get(row["module"]) if row["module"] else "logits"
-                    rows.append(data.null_if_not_finite(
-                        {"id": self.record.ids[r], "step": done, "role": role, **row}))
-        return rows
+                rows += [{"id": self.record.ids[r], "step": done,
+                          "role": self.role_of.get(row["module"]), **row}
+                         for row in metrics.measurements(
+                             self.model, reference, self.x, self.y, self.loss, logits,
+                             norm_cache, kernels=done == self.step_of_kernels)]
+        return data.null_if_not_finite(rows)
 
 
 def initial_sharpness(replicas, model, splits, config):
-    """Return the sharpness of every replica on the first validation samples, None where it
-    is not asked for."""
+    """Return the sharpness of every replica, None where it is not asked for."""
     if not config["sharpness"]:
         return [None] * len(replicas["weights"][0])
-    loss = loss_function(config)
-    x, y = (part[:config["batch_size"]] for part in (splits.x_val, splits.y_val))
-    values = []
+    loss, values = loss_function(config), []
     for weights in zip(*replicas["weights"]):
         models.set_parameters(model, [w.clone() for w in weights])
-        values.append(metrics.sharpness(model, lambda z, y: loss(z, y)[0].mean(), x, y))
+        values.append(metrics.sharpness(model, lambda z, y: loss(z, y)[0].mean(),
+                                        *first_samples(splits, config)))
     return values
 
 
@@ -554,49 +488,49 @@ def evaluate(model, replicas, record, splits, config):
     logit_rms is the RMS over outputs. Real-valued targets have no accuracy and no
     calibration error, and text has no calibration error.
     """
-    count, text, chunk = len(record.alive), splits.y is None, 256
+    count, text, real_valued = len(record.alive), splits.y is None, splits.is_real_valued
     if count == 0:
         return {}
-    if text:
-        chunk = max(config["batch_size"] // config["accumulate"], 2048 // config["context"])
-    loss, sums, logits_kept = loss_function(config), 0, []
+    chunk = max(config["batch_size"] // config["accumulate"],
+                2048 // config["context"]) if text else 256
+    loss, sums, all_logits = loss_function(config), 0, []
     chunks = math.ceil(len(splits.x_val) / chunk)       # of equal sizes: none of a single sample
     for x, y in zip(splits.x_val.tensor_split(chunks), splits.y_val.tensor_split(chunks)):
         x, y = (part.expand(count, *part.shape) for part in (x, y))
         logits = model.forward(replicas["weights"], x)          # (R, chunk, ..., C)
         losses = loss(logits, y)[0]
-        hits = torch.zeros_like(losses) if splits.is_real_valued else logits.argmax(-1) == y
+        hits = torch.zeros_like(losses) if real_valued else logits.argmax(-1) == y
         sums += torch.stack([values.double().flatten(1).sum(1) for values in
                              (losses, hits, logits.square().mean(-1).sqrt())])  # (3, R)
-        logits_kept += [] if text else [logits]
+        all_logits += [] if text else [logits]
 
-    samples = splits.y_val.numel() // (splits.outputs if splits.is_real_valued else 1)
-    means = (sums / samples).T.tolist()
-    errors = [None] * count
-    if not text and not splits.is_real_valued:
-        errors = [metrics.expected_calibration_error(z, splits.y_val)
-                  for z in torch.cat(logits_kept, 1)]
-    rows = [dict(zip(VALIDATION, [*row, error])) for row, error in zip(means, errors)]
-    if splits.is_real_valued:
-        rows = [dict(row, val_accuracy=None) for row in rows]
-    return dict(zip(record.alive.tolist(), data.null_if_not_finite(rows)))
+    samples = splits.y_val.numel() // (splits.outputs if real_valued else 1)
+    results = {}
+    for position, (r, means) in enumerate(zip(record.alive.tolist(), (sums / samples).T.tolist())):
+        row = dict(zip(VALIDATION, [*means, None]))
+        if real_valued:
+            row["val_accuracy"] = None
+        elif not text:
+            row["val_ece"] = metrics.expected_calibration_error(
+                torch.cat([logits[position] for logits in all_logits]), splits.y_val)
+        results[r] = data.null_if_not_finite(row)
+    return results
 
 
 # ---- result rows ----
 
 def result_rows(batch, record, validation, sharpness, shared):
     """Return the rows of a batch that has ended; validation: {replica: results}."""
-    late = first_late_step(len(record.losses))
-    losses, accuracies = (of_steps[late:].T.tolist()            # (R, late steps)
+    losses, accuracies = (of_steps[record.late:].T.tolist()     # (R, late steps)
                           for of_steps in (record.losses, record.accuracies))
     rows = []
     for r, (run, at) in enumerate(zip(batch, record.diverged_at)):
         results = {**dict.fromkeys(RESULTS), "diverged_at": at,
                    "initial_sharpness": data.null_if_not_finite(sharpness[r])}
         if at is None:
-            accuracy = fmean(accuracies[r]) if validation[r]["val_accuracy"] is not None else None
-            results.update(validation[r], final_train_loss=fmean(losses[r]),
-                           train_accuracy=accuracy)
+            results.update(validation[r], final_train_loss=fmean(losses[r]))
+            if results["val_accuracy"] is not None:
+                results["train_accuracy"] = fmean(accuracies[r])
         rows.append({"id": record.ids[r], **run, **results, "failed": None, **shared})
     return rows
 
@@ -607,23 +541,7 @@ def failed_row(run, reason, device):
             "chance_loss": None, "shape_info": None, **provenance(device), "seconds": 0.0}
 
 
-@functools.cache
-def provenance(device):
-    """Return versions, device and git commit of this file ("+" if the tree was changed)."""
-    describe = "git describe --always --dirty=+ --abbrev=12 --exclude=*".split()
-    try:
-        ran = subprocess.run(describe, cwd=Path(__file__).parent,
-                             capture_output=True, text=True)
-        commit = ran.stdout.strip() or None
-    except OSError:
-        commit = None
-    is_cuda = torch.device(device).type == "cuda"
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
-            "commit": commit}
-
-
-# ---- files ----
+# ---- command line ----
 
 def lines_of(rows):
     return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
@@ -636,16 +554,6 @@ def append_rows(path, rows):
         file.flush()
         os.fsync(file.fileno())
 
-
-def make_folder(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out is {path}, which cannot be made a folder "
-                         f"({error.strerror}); name another with --out") from None
-
-
-# ---- command line ----
 
 def main(argv=None):
     parser = settings.Parser(description="Train one network and print its row as JSON.")
@@ -673,7 +581,7 @@ def main(argv=None):
         print(f"{file} exists: not run again", file=sys.stderr)
         return print(file.read_text(), end="")
     if args.out:
-        make_folder(args.out)
+        args.out.mkdir(parents=True, exist_ok=True)
 
     def progress(step, alive):
         if sys.stderr.isatty() or step == config["steps"]:

@@ -381,6 +381,11 @@ def test_rates_without_a_prediction_or_an_edge_are_left_open():
     assert set(unpredicted["optimal"]) == set(unpredicted["max_stable"]) == {"fitted"}
     assert unpredicted["recommended"] <= unpredicted["max_stable"]["fitted"][1]
     assert analyze.rates_table([unpredicted]).splitlines()[-2].split()[4:7] == ["predicted", "-", "-"]
+    row["curves"] = [{name: [values[0]] if name == "lr" else [line[:1] for line in values]
+                      for name, values in curve.items()} for curve in row["curves"]]
+    points, = analyze.rates_at([row], [4096])           # one LR a width: optima without a resolution
+    assert points["optimal"]["fitted"][1:] == [None, None]
+    assert analyze.rates_table([points]).splitlines()[-1].split()[4:] == ["fitted", "-", "-"]
     nothing, = analyze.rates_at(analyze.summarize(rows_of([[None, None]] * 2)), [4096])
     assert nothing["optimal"]["fitted"] == nothing["max_stable"]["fitted"] == [None] * 3
     assert nothing["recommended"] is None
@@ -446,6 +451,14 @@ def test_a_rule_that_meets_the_last_stable_rate_has_the_loss_there():
     for rule in ("predicted exponent", "fitted exponent"):
         assert of_rule[rule]["lr"] == pytest.approx(math.exp(-6 * STEP))
         assert of_rule[rule]["stable"] and of_rule[rule]["loss_above_best"] == pytest.approx(0, abs=1e-9)
+
+
+def test_where_all_runs_of_the_left_out_width_diverged_every_rule_is_unstable():
+    rows = falling_rows({64: 0, 256: -2, 1024: -13})
+    results = analyze.left_out(analyze.summarize(rows), 1)
+    assert results and not any(result["stable"] for result in results)
+    assert all(math.isnan(result["loss_above_best"]) for result in results)
+    assert re.search(r"same rate +1 of 1 +-\n", analyze.left_out_table(results))
 
 
 def test_where_nothing_is_unstable_at_the_left_out_width_every_rate_of_the_grid_is_stable():
@@ -611,6 +624,16 @@ def test_rows_that_differ_in_a_setting_of_the_whole_sweep_are_refused_by_its_nam
         assert str(error.value) in {
             f"the rows have {name} = {a!r} and {b!r}; analyze the rows of one sweep at a time"
             for a, b in itertools.permutations((value, other))}
+
+
+def test_on_text_the_defaults_of_adam_may_differ_from_those_of_sgd():
+    rows = [row for optimizer in ("sgd", "adam")
+            for row in rows_of([[0.5, 0.4, 0.5, None]] * 2, (32, 64), model="gpt", optimizer=optimizer)]
+    assert {(row["optimizer"], row["eps"], row["clip"]) for row in rows} == {
+        ("sgd", 1e-8, 0.0), ("adam", 1e-12, 1.0)}
+    assert [row["optimizer"] for row in analyze.summary_of(rows)["rows"]] == ["adam", "sgd"]
+    with pytest.raises(InputError, match="eps = 1e-06 and 1e-08 and 1e-12"):
+        analyze.summarize([*rows, dict(rows[-1], eps=1e-6)])
 
 
 # ---- the summary ----

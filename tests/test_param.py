@@ -259,11 +259,10 @@ def test_frozen_roles_move_the_edge_of_sp(optimizer, roles, ce, mse):
     assert {role for role, power in exponents.items() if power == -math.inf} == exponents.keys() - set(roles)
 
 
-def test_roles_that_train_may_come_from_any_iterable():
-    for roles in (["input"], {"input": 1.0}, iter(["input"])):
+def test_roles_that_train_may_come_in_any_collection():
+    for roles in (["input"], {"input"}, {"input": 1.0}, {"input": 1.0}.keys()):
         assert param.max_stable_alpha("sp", "sgd", "mse", trainable=roles) == 0.0
-    assert param.predict("sp", "sgd", "mse", trainable=iter(["input"])).regime == "stable"
-    assert param.predict("sp", "sgd", "mse", alpha=-0.5, trainable=iter(["input"])).regime == "catastrophic"
+    assert param.predict("sp", "sgd", "mse", alpha=-0.5, trainable=["input"]).regime == "catastrophic"
 
 
 def test_diverging_logits_feed_back_under_sgd_only():
@@ -479,7 +478,7 @@ def gpt2(width, tied=False):
     transformers = pytest.importorskip("transformers")
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=96, n_positions=16, n_embd=width, n_layer=1, n_head=width // 8,
-        bos_token_id=0, eos_token_id=0, tie_word_embeddings=tied))
+        bos_token_id=0, eos_token_id=0, tie_word_embeddings=tied, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
 
 
 # role, init std at width 64 of base 32 under mup, LR under mup with Adam in units of the base LR
@@ -1074,8 +1073,8 @@ class Shared(nn.Module):
         self.second = self.first
 
 
-@pytest.mark.parametrize("names", [["first"], ["second"], ["first", "second"]], ids=str)
-def test_a_tensor_under_two_names_has_the_role_of_either_at_the_base_width(names):
+@pytest.mark.parametrize("names", [["first"], ["first", "second"]], ids=str)
+def test_a_tensor_under_two_names_has_the_role_of_the_first_at_the_base_width(names):
     overrides = {"up.weight": "input", "readout.weight": "output"}
     overrides |= {f"{name}.weight": "hidden" for name in names}
     roles = param.infer_roles(Shared(64), Shared(32), overrides)

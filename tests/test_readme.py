@@ -1,4 +1,4 @@
-"""What the README says is true of the code: its table, flags, files and snippets."""
+"""What the README says is true of the code: its table, flags, files, commands and snippets."""
 import contextlib
 import io
 import re
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+import config
 import param
-import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -18,8 +18,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def block(words):
-    found, = [code for code in BLOCKS if words in code]
-    return found
+    (code,) = [code for code in BLOCKS if words in code]
+    return code
 
 
 class MyModel(nn.Module):
@@ -44,10 +44,9 @@ def test_the_table_of_exponents_is_the_one_in_param():
 
 
 def test_every_flag_exists():
-    names = "train", "sweep", "analyze", "linear_net"
-    scripts = "".join((ROOT / f"{name}.py").read_text() for name in names)
+    scripts = "".join(path.read_text() for path in ROOT.glob("*.py"))
     known = set(re.findall(r"--[a-z][a-z-]+", scripts)) | {"--nproc-per-node"}      # torchrun's
-    known |= {"--" + name.replace("_", "-") for name in train.SETTINGS}
+    known |= {"--" + name.replace("_", "-") for name in config.SETTINGS}
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README + GALLERY))
     assert used and used <= known, used - known
 
@@ -59,20 +58,50 @@ def test_every_file_named_exists_and_the_landing_page_is_short():
         assert (ROOT / "assets" / name).exists(), name
     for name in re.findall(r"^\| `(\w+\.py)`", README, re.M):
         assert (ROOT / name).exists(), name
-    assert len(README.splitlines()) <= 220
+    assert len(README.splitlines()) <= 240
+
+
+def test_ci_runs_the_test_commands_of_the_readme():
+    """`pytest test_regimes.py` after requirements.txt alone, and all that `pytest` runs beside it."""
+    ci = (ROOT / ".ci" / "run").read_text()
+    commands = set(re.findall(r"(?:^ *|`|&& )(pytest[^`\n]*?)(?=`|$)", README, re.M))
+    steps = set(re.findall(r"^(pytest .*)$", ci, re.M))
+    assert commands == {"pytest", "pytest test_regimes.py", "pytest -m faults tests/test_faults.py"}
+    # `pytest` alone is test_regimes.py and tests/, in the two steps
+    assert steps == commands - {"pytest"} | {"pytest tests"}
 
 
 def test_the_idea_in_twenty_lines_finds_the_two_exponents():
     """One seed: over thirty, CE's is -0.63 ± 0.18 and MSE's -1.02 ± 0.09. test_regimes.py averages many."""
-    said = io.StringIO()
+    output = io.StringIO()
     torch.set_num_threads(2)
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(output):
             exec(block("largest learning rate that is stable"), {})
     finally:
         torch.set_num_threads(1)
-    ce, mse = (float(value) for value in re.findall(r"n\^(-?[\d.]+)", said.getvalue()))
+    ce, mse = (float(value) for value in re.findall(r"n\^(-?[\d.]+)", output.getvalue()))
     assert -1.36 < ce < 0.1 and -1.39 < mse < -0.65
+
+
+def test_the_notebook_example_trains_summarizes_and_draws(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output, space = io.StringIO(), {}
+    with contextlib.redirect_stdout(output):
+        exec(block("analyze.summary_of"), space)
+    assert len(space["rows"]) == 8 and "predicted" in output.getvalue()
+    (row,) = space["summary"]["rows"]
+    assert row["widths"] == [64, 256] and min(row["best_train_loss"]) < row["chance_loss"]
+    assert (tmp_path / "loss_against_lr.png").stat().st_size > 10_000
+
+
+def test_the_example_of_estimate_recommends_a_rate_below_the_edge():
+    space = {"print": lambda *words: None}
+    exec(block("import estimate"), space)
+    edge = space["edge"]
+    assert edge.interval[0] <= edge.slope <= edge.interval[1]
+    at = space["at"]
+    assert at["recommended"] <= at["max_stable"]["fitted"].value
 
 
 @pytest.mark.filterwarnings("error")
@@ -80,11 +109,13 @@ def test_one_file_in_a_project_of_ones_own():
     torch.manual_seed(0)
     x, y = torch.randn(32, 10), torch.randint(3, (32,))
     space = {"MyModel": MyModel, "x": x, "y": y, "print": lambda *words: None}
-    exec(block("param.init_(MyModel(width=512)"), space)
+    exec(block("param.rescale_(MyModel(width=512)"), space)
     assert {group["role"] for group in space["groups"]} == set(param.ROLES)
     nn.functional.cross_entropy(space["model"](x), y).backward()
     space["optimizer"].step()
-    exec(block("import copy, metrics"), space)
+    space["schedule"].step()
+    for group in space["optimizer"].param_groups:
+        assert group["lr"] == pytest.approx(group["base_lr"] * 0.999)
     exec(block("import stack"), space)
-    losses = space["losses"]
-    assert losses.shape == (100,) and losses.isfinite().all() and losses[-1] < losses[0]
+    loss = space["loss"]
+    assert loss.shape == (100,) and loss.isfinite().all() and loss[-1] < loss[0]

@@ -167,7 +167,7 @@ def lowest_of_constants(loss, p, restarts=6, steps=600):
     lowest = torch.full((restarts,), torch.inf, dtype=torch.float64)
     optimizer = torch.optim.Adam([z], betas=(0.8, 0.95))
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.3 * 1e-4 ** (step / steps)
+        optimizer.param_groups[0]["lr"] = 0.6 * 1e-4 ** (step / steps)
         optimizer.zero_grad()
         rows = z.expand(-1, classes, -1).flatten(0, 1)              # (restarts * C, C)
         expected = loss(rows, y).view(restarts, classes) @ p
