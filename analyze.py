@@ -18,6 +18,7 @@ import math
 import os
 import re
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,12 @@ def parse_criterion(text):
     if not math.isfinite(threshold):
         raise InputError(f"stable-if is {text!r}; the part behind = must be a number")
     return name, threshold
+
+
+def default_criterion(config):
+    """Return the criterion for text, where a constant predictor's loss is so high that
+    nothing seems unstable, and for all other data."""
+    return "learned" if settings.is_text(config) else "chance"
 
 
 def order_of(curve):
@@ -182,6 +189,7 @@ def summarize_curve(curve, widths, cells, failed, criterion, shared, shape_info)
     predicted = curve["alpha"] - param.max_trainable_alpha(
         curve["param"], curve["optimizer"], curve["loss"], 1 + shape_info["hidden_tensors"],
         settings.trained_roles(curve))
+    predicted_up_to = predicted + 0.5 * final_gain_lifts_edge(curve, shared)
     finished = [np.where(cell["losses"] < DIVERGED, cell["losses"], math.nan) for cell in cells]
     # a column (an LR) per width, by means over seeds
     best = [cell["losses"].mean(0).argmin() for cell in cells]
@@ -197,7 +205,7 @@ def summarize_curve(curve, widths, cells, failed, criterion, shared, shape_info)
     fits = {}
     for kind, fit in exponents.items():
         fits |= {f"{kind}_exponent": fit.slope, f"{kind}_interval": fit.interval,
-                 f"{kind}_verdict": verdict(predicted, fit.interval)}
+                 f"{kind}_verdict": verdict(predicted, fit.interval, predicted_up_to)}
     return {
         **{name: shared[name] for name in SHOWN},
         **curve,
@@ -207,6 +215,7 @@ def summarize_curve(curve, widths, cells, failed, criterion, shared, shape_info)
         "min_unstable_lr": lrs("unstable"),
         **fits,
         "predicted_max_stable_exponent": predicted,
+        "predicted_up_to": predicted_up_to,
         **local_slopes(widths, points),
         "optimum_at_edge": [point.at_last_stable for point in points],
         "best_train_accuracy": [float(cell["accuracies"].mean(0).max()) for cell in cells],
@@ -221,6 +230,15 @@ def summarize_curve(curve, widths, cells, failed, criterion, shared, shape_info)
                     "stable": of_cell.tolist()}
                    for cell, losses, of_cell in zip(cells, finished, stable)],
     }
+
+
+def final_gain_lifts_edge(curve, shared):
+    """Return whether the gain of a GPT's final norm trains under Adam in sp, and may shrink
+    the logits back: the exponent then lies between the predicted one and 1/2 above it."""
+    return (shared["model"] == "gpt" and curve["norm_affine"]
+            and (curve["param"], curve["optimizer"]) == ("sp", "adam")
+            and all(factor > 0 for pattern, factor in settings.lr_factors(curve).items()
+                    if pattern == "vector" or fnmatchcase("norm.weight", pattern)))
 
 
 def edge_times_sharpness(widths, points, cells):
@@ -493,12 +511,14 @@ def exponent_table(summary):
 
     head, label = label_columns(summary, CURVE[:3])
     lines = ["Exponents of LR against width, with 95 % intervals", "",
-             f"{head}{'predicted':>10}   {'max-stable':32}optimal"]
+             f"{head}{'predicted':>12}   {'max-stable':32}optimal"]
     for row in summary:
         predicted = number(row["predicted_max_stable_exponent"])
+        if row["predicted_up_to"] != row["predicted_max_stable_exponent"]:
+            predicted = f"{predicted}..{number(row['predicted_up_to'])}"
         cliffs, count = sum(row["optimum_at_edge"]), len(row["widths"])
         cliffs = f"  (the last stable LR at {cliffs} of {count} widths)" if cliffs else ""
-        lines.append(f"{label(row)}{'no bound' if predicted == '-' else predicted:>10}   "
+        lines.append(f"{label(row)}{'no bound' if predicted == '-' else predicted:>12}   "
                      f"{measured(row, 'max_stable'):32}{measured(row, 'optimal')}{cliffs}")
     if any("missed" in (row["max_stable_verdict"], row["optimal_verdict"]) for row in summary):
         lines.append("Missed: see \"Why don't I see a shift?\" in README.md")
@@ -602,9 +622,10 @@ def left_out_table(results):
 
 # ---- summary.json ----
 
-def summary_of(source, stable_if="chance", command=None):
+def summary_of(source, stable_if=None, command=None):
     """Return the summary of a result folder, or of rows, that all figures of plots.py take.
 
+    stable_if: a criterion NAME or NAME=X of estimate.CRITERIA, None for the data's own.
     A sweep at a single LR has no optimum and no edge, so its "rows" are empty.
     """
     rows, tracks = source, {}
@@ -615,6 +636,7 @@ def summary_of(source, stable_if="chance", command=None):
                              "name the --out of a sweep")
     rows = list(rows)
     shared = shared_settings(rows)
+    stable_if = stable_if or default_criterion(shared)
     return {
         "command": command or " ".join(["python", *sys.argv]),
         "stable_if": stable_if,
@@ -661,7 +683,7 @@ def print_left_out(outs, stable_if, count):
     for out in outs:
         summary = read_summary(out)
         if not summary.get("rows") or stable_if not in (None, summary["stable_if"]):
-            summary = summary_of(out, stable_if or "chance")
+            summary = summary_of(out, stable_if)
         rows += [row for row in summary["rows"] if len(row["widths"]) > count + 1]
     if not rows:
         raise InputError(f"leave_out is {count}; at least two widths must remain")
@@ -692,7 +714,7 @@ def main(argv=None):
         raise InputError(f"{len(args.out)} folders; several are for --leave-out alone")
 
     out, before = args.out[0], read_summary(args.out[0])
-    report(out, args.stable_if or before.get("stable_if", "chance"), before.get("command"), args.at)
+    report(out, args.stable_if or before.get("stable_if"), before.get("command"), args.at)
     if not args.no_plots and (out / "figures").exists():
         draw(out)
 

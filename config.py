@@ -23,7 +23,8 @@ import subprocess
 import sys
 from operator import itemgetter
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 

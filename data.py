@@ -28,6 +28,7 @@ import re
 import sys
 import sysconfig
 import tarfile
+import time
 import urllib.request
 import zlib
 from functools import cached_property
@@ -625,7 +626,14 @@ def whole_file(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        for patience in range(20, -1, -1):
+            try:
+                partial.replace(path)
+                break
+            except PermissionError:     # Windows, while somebody reads the old file
+                if not patience:
+                    raise
+                time.sleep(0.1)
     finally:
         partial.unlink(missing_ok=True)
 

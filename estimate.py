@@ -216,8 +216,9 @@ def at_width(width, widths, points, predicted=None):
     The first two are {"predicted": Extrapolation, "fitted": Extrapolation}, by the
     exponent that theory predicts (None: by the fitted one alone) and by the fitted
     one, from the Point of every swept width. The recommended learning rate is the
-    optimum, but not above what a new seed survives: the lower ends of the edge's
-    intervals. nan where nothing is known.
+    lower of the two optima, but not above what a new seed survives: the lower end of
+    the edge's interval by the predicted exponent. That interval widens where the
+    widths disagree with the prediction. nan where nothing is known.
     """
     optimal, edge, resolution, gap = values_of(points)
     result = {}
@@ -225,9 +226,10 @@ def at_width(width, widths, points, predicted=None):
         result[kind] = {"fitted": extrapolate(width, widths, *values)}
         if predicted is not None:
             result[kind]["predicted"] = extrapolate(width, widths, *values, predicted)
-    best = result["optimal"].get("predicted", result["optimal"]["fitted"]).lr
-    safe = min(extrapolation.low for extrapolation in result["max_stable"].values())
-    return {**result, "recommended": min(best, safe)}
+    edges = result["max_stable"]
+    bounds = [edges.get("predicted", edges["fitted"]).low,
+              *(extrapolation.lr for extrapolation in result["optimal"].values())]
+    return {**result, "recommended": float(np.min(bounds))}     # nan if one is
 
 
 def extrapolate(width, widths, values, log_resolution, exponent=None, level=0.95):
@@ -402,12 +404,15 @@ def exponent_interval(widths, values, level=0.95, resolution=1.0, equal_noise=Fa
     return float(slope - half), float(slope + half)
 
 
-def verdict(predicted, interval):
-    """Return "held", "missed" or "undecided"; None without prediction or interval."""
+def verdict(predicted, interval, up_to=None):
+    """Return "held", "missed" or "undecided"; None without prediction or interval.
+
+    up_to: the upper end of a predicted range.
+    """
     low, high = interval
     if not math.isfinite(predicted) or not math.isfinite(high - low):
         return None
-    if not low <= predicted <= high:
+    if high < predicted or low > (predicted if up_to is None else up_to):
         return "missed"
     return "held" if high - low <= 0.5 else "undecided"
 

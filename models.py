@@ -25,7 +25,8 @@ import importlib.util
 import inspect
 import sys
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn

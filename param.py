@@ -119,7 +119,13 @@ def predict(parameterization, optimizer, loss, alpha=0.0,
                       back (mse, sp, alpha = 0: hidden updates n^1.98 at step 4, for n^1)
 
     In a GPT normalizations hand on inputs of order one: growing features are not
-    catastrophic, and the readout's propagating exponent is at most 1 - b_out.
+    catastrophic, and the readout's propagating exponent is at most 1 - b_out. Gains
+    have no exponent here: where the final norm's gain trains under Adam, it may shrink
+    the logits back, and the largest stable LR of sp falls between n^-1 and n^-1/2.
+
+    Under Adam, "controlled divergence" says that features do not blow up, under any
+    loss: the updates' size does not depend on the derivative. The loss itself may
+    grow with the logits; under mse, sp, alpha = 1 it does so as n at the first step.
     """
     e = exponents(parameterization, optimizer, alpha)
     bounded = LOSS_PROPERTIES[_check_name("loss", loss, LOSS_PROPERTIES)].bounded

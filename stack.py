@@ -27,7 +27,8 @@ import math
 from collections import deque
 from contextlib import contextmanager
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch.func import functional_call, vmap

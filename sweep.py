@@ -33,7 +33,8 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:             # Windows, where nothing locks a folder
+except ImportError:             # Windows
+    import msvcrt
     fcntl = None
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ WIDTHS = [64, 128, 256, 512, 1024]
 WIDE = [512, 1024, 2048, 4096]          # where a few steps are all that is trained
 PAPER_WIDTHS = [256, 512, 1024, 2048, 4096]
 PAPER = dict(widths=PAPER_WIDTHS, seeds=4, hidden_layers=7, steps=937)
-GPT = dict(model="gpt", loss="ce", stable_if="learned")
+GPT = dict(model="gpt", loss="ce")
 PAPER_GPT = dict(steps=10_681, layers=6, context=512, batch_size=256, accumulate=8,
                  warmup=700, dtype="bfloat16", base_width=256)
 PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
@@ -104,7 +105,8 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
         dict(widths=[*PAPER_WIDTHS, 8192])),
     "binding": ("edge exponents with one role frozen in turn",
         dict(curves=[dict(lr_factor=frozen) for frozen in
-                     ("", "input=0", "hidden=0", "output=0", "hidden=0 input=0")]),
+                     ("", "input=0", "hidden=0", "output=0", "hidden=0 input=0")],
+             stable_if="accuracy=0.6"),
         PAPER),
     "gpt_binding": ("the same for the norm gains of a GPT under Adam",
         dict(GPT, optimizer="adam", widths=[32, 64, 128, 256], steps=450, batch_size=4, curves=[
@@ -425,6 +427,9 @@ def open_folder(out, rank=0):
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            file.seek(2 ** 30)          # a byte that nobody reads
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError:
         file.close()
         raise InputError(f"another sweep is writing to {out}; "
@@ -539,8 +544,8 @@ def sweep_flags(parser):
         help="ratio of neighbouring LRs (default sqrt 2)")
     add("--search", default="coarse-to-fine", choices=("coarse-to-fine", "grid"),
         help="LRs to run: around optimum and edge, or all (default coarse-to-fine)")
-    add("--stable-if", default="chance", metavar="NAME[=X]",
-        help=f"{analyze.criteria_help()} (default chance)")
+    add("--stable-if", metavar="NAME[=X]",
+        help=f"{analyze.criteria_help()}; on text learned is the default (default chance)")
     add("--out", metavar="DIR", help="result folder (default out/PRESET and the settings given)")
     add("--no-plots", action="store_true", help="no figures")
     add("--dry-run", action="store_true",
@@ -581,7 +586,6 @@ def parse(argv=None):
         if args[flag] is not None:
             args[flag] = checked(flag, args[flag], check)
     args["stack"] = args["stack"] if args["stack"] == "auto" else int(args["stack"])
-    args["criterion"] = analyze.parse_criterion(args["stable_if"])
     args["widths"] = sorted(set(args["widths"]))
     if args["lrs"]:
         args["search"] = "grid"
@@ -592,7 +596,9 @@ def parse(argv=None):
 
     # InputError now, and not after hours, for what no run accepts
     for curve, width, lr in itertools.product(curves, args["widths"], args["lrs"] or [1.0]):
-        run_of(fixed, curve, width, lr)
+        run = run_of(fixed, curve, width, lr)
+    args["stable_if"] = args["stable_if"] or analyze.default_criterion(run)
+    args["criterion"] = analyze.parse_criterion(args["stable_if"])
     return args, fixed, curves
 
 

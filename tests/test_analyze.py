@@ -362,8 +362,8 @@ def test_rates_at_another_width_are_those_of_the_power_law():
                 lr, low, high = entry[kind][how]
                 assert lr == pytest.approx(expected)
                 assert low < lr < high and high / lr == pytest.approx(lr / low)
-        lows = [entry["max_stable"][how][1] for how in ("predicted", "fitted")]
-        assert entry["recommended"] == pytest.approx(min(entry["optimal"]["predicted"][0], *lows))
+        assert entry["recommended"] == min(
+            entry["max_stable"]["predicted"][1], *(entry["optimal"][how][0] for how in ("predicted", "fitted")))
 
     head, *lines = analyze.rates_table(at).splitlines()[3:]
     assert len(lines) == 2 * len(at)
@@ -373,6 +373,33 @@ def test_rates_at_another_width_are_those_of_the_power_law():
             for kind in ("optimal", "max_stable"):
                 assert "{:.3g} [{:.3g}, {:.3g}]".format(*entry[kind][how]) in line
         assert pair[0].split()[-1] == f"{entry['recommended']:.3g}" and pair[1].rstrip().endswith("]")
+
+
+@pytest.mark.parametrize("settings, predicted", [
+    ({}, (-1.0, -0.5)),
+    ({"lr_factor": "blocks.*norm*=0"}, (-1.0, -0.5)),       # the final norm's gain still trains
+    ({"lr_factor": "norm.weight=0"}, (-1.0, -1.0)),
+    ({"lr_factor": "vector=0"}, (-1.0, -1.0)),
+    ({"norm_affine": False}, (-1.0, -1.0)),
+    ({"param": "mup"}, (0.0, 0.0)),
+    ({"optimizer": "sgd"}, (-0.5, -0.5)),
+])
+def test_the_final_gain_of_a_gpt_under_adam_may_lift_the_edge_by_root_n(settings, predicted):
+    rows = power_law_rows(model="gpt", data="stdlib", exponent=-0.75, **{"optimizer": "adam", **settings})
+    row, = analyze.summarize(rows)
+    low, high = row["predicted_max_stable_exponent"], row["predicted_up_to"]
+    assert (low, high) == predicted
+    verdict = "held" if low < -0.75 < high else "missed"
+    assert row["max_stable_verdict"] == verdict
+    shown = f"{low:+.2f}" if low == high else f"{low:+.2f}..{high:+.2f}"
+    assert shown in analyze.exponent_table([row]).splitlines()[3].split()
+
+
+def test_the_criterion_is_learned_on_text_and_chance_elsewhere_unless_named():
+    for settings, criterion in (({}, "chance"), (dict(model="gpt", data="stdlib"), "learned")):
+        rows = power_law_rows(**settings)
+        assert analyze.summary_of(rows)["stable_if"] == criterion
+        assert analyze.summary_of(rows, "best+1")["stable_if"] == "best+1"
 
 
 def test_rates_without_a_prediction_or_an_edge_are_left_open():

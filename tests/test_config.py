@@ -533,6 +533,40 @@ def test_a_spec_of_nothing_is_refused_by_the_names_of_both_parts(spec, words, tm
 
 # ---- files that are written whole or not at all ----
 
+def test_a_file_that_somebody_reads_is_replaced_as_soon_as_they_are_done(tmp_path, monkeypatch):
+    path, replace, waits, refusals = tmp_path / "summary.json", Path.replace, [], [None] * 5
+    path.write_text("old")
+
+    def held_open(self, target):
+        if refusals:
+            refusals.pop()
+            assert path.read_text() == "old"
+            raise PermissionError(13, "The process cannot access the file")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", held_open)
+    monkeypatch.setattr(data.time, "sleep", waits.append)
+    with data.whole_file(path) as file:
+        file.write(b"new")
+    assert path.read_text() == "new" and len(waits) == 5 and min(waits) > 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_file_that_stays_in_use_is_left_as_it_is_and_the_error_shown(tmp_path, monkeypatch):
+    path, waits = tmp_path / "summary.json", []
+    path.write_text("old")
+
+    def held_open(self, target):
+        raise PermissionError(13, "The process cannot access the file")
+
+    monkeypatch.setattr(Path, "replace", held_open)
+    monkeypatch.setattr(data.time, "sleep", waits.append)
+    with pytest.raises(PermissionError):
+        data.write_json(path, {})
+    assert path.read_text() == "old" and 1 < sum(waits) < 60            # seconds
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
 def test_what_ends_by_an_error_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "summary.json"
     path.write_text("old")

@@ -4,6 +4,7 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -64,11 +65,13 @@ def test_every_file_named_exists_and_the_landing_page_is_short():
 def test_ci_runs_the_test_commands_of_the_readme():
     """`pytest test_regimes.py` after requirements.txt alone, and all that `pytest` runs beside it."""
     ci = (ROOT / ".ci" / "run").read_text()
-    commands = set(re.findall(r"(?:^ *|`|&& )(pytest[^`\n]*?)(?=`|$)", README, re.M))
+    commands = {" ".join(command.split()) for command in
+                re.findall(r"(?:^ *|`|&& )(pytest[^`]*?)(?=`|\n\n)", README, re.M)}
     steps = set(re.findall(r"^(pytest .*)$", ci, re.M))
-    assert commands == {"pytest", "pytest test_regimes.py", "pytest -m faults tests/test_faults.py"}
-    # `pytest` alone is test_regimes.py and tests/, in the two steps
-    assert steps == commands - {"pytest"} | {"pytest tests"}
+    assert commands == {"pytest", "pytest test_regimes.py", "pytest -m faults tests/test_faults.py",
+                        "pytest tests/test_cuda.py"}
+    # `pytest` alone is test_regimes.py and tests/, in two steps; tests/ has the test of a GPU
+    assert steps == commands - {"pytest", "pytest tests/test_cuda.py"} | {"pytest tests"}
 
 
 def test_the_idea_in_twenty_lines_finds_the_two_exponents():
@@ -96,12 +99,19 @@ def test_the_notebook_example_trains_summarizes_and_draws(tmp_path, monkeypatch)
 
 
 def test_the_example_of_estimate_recommends_a_rate_below_the_edge():
-    space = {"print": lambda *words: None}
+    def my_losses(width, lr):
+        """Three seeds whose optimum and edge fall as n^-1/2, 0.3 at width 64."""
+        optimum = 0.3 * (width / 64) ** -0.5
+        losses = 0.1 + 0.02 * np.log(lr / optimum) ** 2
+        return np.where(lr > 2 * optimum, np.nan, np.stack([losses] * 3))
+
+    space = {"print": lambda *words: None, "my_losses": my_losses}
     exec(block("import estimate"), space)
     edge = space["edge"]
     assert edge.interval[0] <= edge.slope <= edge.interval[1]
     at = space["at"]
-    assert at["recommended"] <= at["max_stable"]["fitted"].value
+    assert at["recommended"] < at["max_stable"]["fitted"].lr
+    assert at["optimal"]["fitted"].lr == pytest.approx(0.3 / 8, rel=0.5)
 
 
 @pytest.mark.filterwarnings("error")

@@ -3,6 +3,7 @@
 Searches run on made-up landscapes {k: (loss, stable)} over points k of the LR grid, sweeps on networks that
 train in seconds. Sweeps that are killed, interrupted or shared out over processes are in test_faults.py.
 """
+import importlib.util
 import io
 import itertools
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -846,13 +848,40 @@ def test_settings_of_flags_may_equal_the_rows_defaults(tmp_path):
         check(tmp_path, rows, "--model gpt --optimizer adam --weight-decay 0")
 
 
-def test_two_sweeps_cannot_write_to_one_file_of_rows(tmp_path):
-    with sweep.open_folder(tmp_path), sweep.open_folder(tmp_path, rank=1):
+def refuses_a_second_sweep(module, out):
+    """Require that a version of sweep.py locks a rank's file of rows, and no other's, until it is closed."""
+    with module.open_folder(out), module.open_folder(out, rank=1):
         for rank in (0, 1):
             with pytest.raises(InputError, match="another sweep is writing to .*; wait for it, or use ano"):
-                sweep.open_folder(tmp_path, rank)
+                module.open_folder(out, rank)
     for rank in (0, 1):
-        sweep.open_folder(tmp_path, rank).close()
+        module.open_folder(out, rank).close()
+
+
+def test_two_sweeps_cannot_write_to_one_file_of_rows(tmp_path):
+    refuses_a_second_sweep(sweep, tmp_path)
+
+
+def test_where_fcntl_is_missing_a_byte_beyond_all_rows_is_locked(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")        # stands in for Windows' locks
+
+    def locking(number, mode, count):
+        calls.append((mode, count, os.lseek(number, 0, os.SEEK_CUR)))
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    calls, rows = [], list(calm_rows("--loss ce").values())
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))
+    module_spec = importlib.util.spec_from_file_location("sweep_on_windows", sweep.__file__)
+    on_windows = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(on_windows)
+    assert sweep.fcntl is fcntl and on_windows.fcntl is None
+
+    refuses_a_second_sweep(on_windows, tmp_path)
+    assert len(calls) == 6 and set(calls) == {(2, 1, 2 ** 30)}
+    with on_windows.open_folder(tmp_path):
+        train.append_rows(tmp_path / "runs.jsonl", rows)
+    assert (tmp_path / "runs.jsonl").read_text() == train.lines_of(rows)    # the locked byte is not written
 
 
 # ---- out of memory ----
