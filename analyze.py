@@ -593,14 +593,14 @@ def rates_table(at):
     head, label = label_columns(at, CURVE[:3])
     lines = ["",
              "Learning rates at other widths, with 95 % intervals for what a new seed shows", "",
-             f"{head}{'width':>6}  {'by exponent':12}{'optimal':28}{'stable up to':28}recommended"]
+             f"{head}{'width':>6}  {'by exponent':12}{'optimal':30}{'stable up to':30}recommended"]
     for entry in at:
         for how in ("predicted", "fitted"):
             line = f"{label(entry)}{entry['width']:6}  {how:12}"
             for kind in ("optimal", "max_stable"):
                 rate = entry[kind].get(how) or [None]
                 cell = "-" if None in rate else "{:.3g} [{:.3g}, {:.3g}]".format(*rate)
-                line += f"{cell:28}"
+                line += f"{cell:30}"
             if how == "predicted" and entry["recommended"] is not None:
                 line += f"{entry['recommended']:.3g}"
             lines.append(line)

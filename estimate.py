@@ -9,7 +9,7 @@ of any learning-rate sweep (arXiv 2505.22491: Haas, Bordt, von Luxburg, Vankadar
     widths = [64, 128, 256, 512]
     points = []
     for lr, losses in sweep:                    # lr (K,), losses (S, K), nan where diverged
-        stable = stable_runs(losses, "chance", 1.0, chance=0.69)        # bool (S, K)
+        stable = stable_runs(losses, "chance", chance=0.69)             # bool (S, K)
         points.append(optimum_and_edge(lr, losses, stable))
     edge = exponents_of(widths, points)["max_stable"]
     print(edge.slope, edge.interval)            # with a 95 % interval
@@ -33,7 +33,7 @@ CRITERIA = {    # name: (default threshold X, description)
 }
 # The loss of a diverged run, so that means over seeds stay numbers.
 DIVERGED = 1e30
-# A curvature counts at the first confidence; the search for it ends at the second.
+# The confidence at which a curvature is used, and at which the search for it ends.
 CURVED, CERTAIN = 0.99, 0.9999
 
 
@@ -45,15 +45,16 @@ def as_losses(losses):
     return np.where(np.isfinite(losses), losses, DIVERGED)
 
 
-def stable_runs(losses, criterion="chance", x=1.0, chance=math.nan, accuracies=None):
+def stable_runs(losses, criterion="chance", x=None, chance=math.nan, accuracies=None):
     """Return which runs (S, K) are stable by a criterion of CRITERIA.
 
-    A seed is judged by its own losses (S, K) alone, or by its accuracies (S, K).
-    `chance` is the loss of the best constant predictor.
+    A seed is judged by its own losses (S, K) alone, or by its accuracies (S, K). x is the
+    threshold, by default the criterion's own; `chance` is the loss of the best constant
+    predictor. KeyError for another criterion.
     """
-    losses = as_losses(losses)
+    losses, x = as_losses(losses), CRITERIA[criterion][0] if x is None else x
     if criterion == "accuracy":
-        stable = np.asarray(accuracies) > x
+        stable = np.asarray(accuracies, dtype=float) > x
     elif criterion == "best+1":
         stable = losses < losses.min(1, keepdims=True) + x
     elif criterion == "learned":
@@ -157,7 +158,7 @@ class Point(NamedTuple):
     """Optimum and stability edge at one width, natural logs of learning rates."""
     optimal: np.ndarray     # (S,); nan where every LR had a divergence
     resolution: float       # how far grid and curvature leave the optimum open
-    at_last_stable: bool    # whether the optimum is the last stable LR
+    at_last_stable: bool    # whether some seed is unstable at the next LR
     stable: np.ndarray      # (S,) largest stable LR of each seed, nan where missing
     unstable: np.ndarray    # (S,) smallest unstable LR of each seed, nan where missing
 
@@ -185,8 +186,8 @@ def optimum(log_lr, losses, stable):
     if losses[:, best].max() >= DIVERGED:
         return np.full(len(losses), math.nan), math.nan, False
 
-    # Where a seed that is stable at the lowest mean is stable no more, there is a cliff.
-    cliff = (stable < stable[:, [best]]).any(0)
+    # cliff (K,): LRs that are unstable for a seed that is stable at the lowest mean
+    cliff = (stable[:, [best]] & ~stable).any(0)
     at_last_stable = bool(cliff[best + 1:best + 2].any())
     first, last, fit, _ = window(log_lr, losses, ~cliff & (losses < DIVERGED).all(0))
     if (fit and fit.is_curved(CURVED)
@@ -217,17 +218,17 @@ def at_width(width, widths, points, predicted=None):
     exponent that theory predicts (None: by the fitted one alone) and by the fitted
     one, from the Point of every swept width. The recommended learning rate is the
     lower of the two optima, but not above what a new seed survives: the lower end of
-    the edge's interval by the predicted exponent. That interval widens where the
-    widths disagree with the prediction. nan where nothing is known.
+    the edge's interval, by the predicted exponent if there is one. That interval widens
+    where the widths disagree with it. nan where an optimum or the edge is unknown.
     """
-    optimal, edge, resolution, gap = values_of(points)
+    optima, edges, resolution, gap = values_of(points)
     result = {}
-    for kind, *values in (("optimal", optimal, resolution), ("max_stable", edge, gap)):
+    for kind, *values in (("optimal", optima, resolution), ("max_stable", edges, gap)):
         result[kind] = {"fitted": extrapolate(width, widths, *values)}
         if predicted is not None:
             result[kind]["predicted"] = extrapolate(width, widths, *values, predicted)
-    edges = result["max_stable"]
-    bounds = [edges.get("predicted", edges["fitted"]).low,
+    edge = result["max_stable"]
+    bounds = [edge.get("predicted", edge["fitted"]).low,
               *(extrapolation.lr for extrapolation in result["optimal"].values())]
     return {**result, "recommended": float(np.min(bounds))}     # nan if one is
 
@@ -272,11 +273,11 @@ RULES = ("same rate", "n^-1", "predicted exponent", "fitted exponent", "recommen
 
 
 def left_out(widths, points, curves, count, predicted=None):
-    """Yield what RULES, read off the narrower widths, do at the `count` widest ones.
+    """Yield how each of RULES, read off the narrower widths, does at the `count` widest ones.
 
     A dict per width and rule: "stable", below the edge of every seed there, and
-    "loss_above_best", the seeds' mean loss at that rate, between its neighbours in log
-    LR, relative to the lowest one there. points, curves {"lr": (K,), "train_loss": (S, K)}
+    "loss_above_best", the seeds' mean loss at that rate, interpolated in log LR,
+    relative to the lowest one there. points, curves {"lr": (K,), "train_loss": (S, K)}
     of every width; the first two rules start from the widest known optimum.
     """
     known = np.flatnonzero(np.isfinite([point.optimal.mean() for point in points[:-count]]))
@@ -418,8 +419,8 @@ def verdict(predicted, interval, up_to=None):
 
 
 def local_slopes(widths, points):
-    """Return the slopes (W - 1,) of the edge's log LR between neighbouring widths, and
-    their standard deviations if an edge may lie anywhere in its bracket."""
+    """Return {"local_max_stable": the slopes (W - 1,) of the edge's log LR between neighbouring
+    widths, "local_resolution": their deviations if an edge lies anywhere in its bracket}."""
     edge = [(point.stable + point.unstable).mean() / 2 for point in points]
     gap = np.array([(point.unstable - point.stable).mean() for point in points])
     ratio = np.diff(np.log(widths))

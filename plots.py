@@ -426,17 +426,17 @@ def exponents(summary):
         width_axis(ax, [*widths, *beyond], BELOW, title=curve_label(row, rows))
         ax.margins(x=0.08, y=0.12)
 
-        # The edge's slope from each width to the next.
-        for low, high, local in zip(widths, widths[1:], row.get("local_max_stable", ())):
-            if local is not None:
-                ax.text(np.sqrt(low * high), 0.02, signed(local),
-                        ha="center", fontsize=8, color="0.35",
-                        transform=ax.get_xaxis_transform())
+        # The edge's slope from each width to the next, where there is room.
+        if not beyond:
+            for low, high, local in zip(widths, widths[1:], row.get("local_max_stable", ())):
+                if local is not None:
+                    ax.text(np.sqrt(low * high), 0.02, signed(local),
+                            ha="center", fontsize=8, color="0.35",
+                            transform=ax.get_xaxis_transform())
+    last = ("Shaded: 95 % prediction intervals of the edge; dotted: of the optimum."
+            if summary.get("at") else "At the bottom: the edge's slopes.")
     title = (f"{shared_label(summary)}. Bars: largest stable to smallest unstable LR. "
-             "Legend: exponent [95 % interval]. At the bottom: the edge's slopes.")
-    if summary.get("at"):
-        title += (" Beyond: 95 % prediction intervals of the edge (shaded) "
-                  "and the optimum (dotted)")
+             f"Legend: exponent [95 % interval]. {last}")
     return finish(fig, title)
 
 
@@ -664,9 +664,12 @@ def course(summary):
         values, (low, top) = as_floats(row[kind]), course_range(lines[kind])
         for width, line in zip(row["widths"], values):          # values (W, T)
             course_line(ax, row["steps"], line, top, **styles[width])
-        first = slope(row["widths"], geometric_mean([values[:, 0]]))
-        if first is not None and kind != "train_loss":
-            ax.text(0.97, 0.95, f"step 1: {power(first)}",
+        # the logits jump in one of the first steps, hidden updates are predicted for the first
+        early = 3 if kind == "logits_change" else 1
+        exponent = slope(row["widths"], geometric_mean([values[:, :early].max(1)]))
+        if exponent is not None and kind != "train_loss":
+            label = f"largest of\nthe first {early}" if early > 1 else "step 1"
+            ax.text(0.97, 0.95, f"{label}: {power(exponent)}",
                     transform=ax.transAxes, ha="right", va="top")
         ax.set(xscale="log", yscale="log",
                xlim=(0.8, 1.2 * row["steps"][-1]), ylim=(low, top),
@@ -778,9 +781,11 @@ def binding(summary):
         exponent_points(ax, x + beside(i, len(each), space), group, ticks=0.9 * space,
                         color=COLOURS[i % 7], capsize=3, label=describe(group[0], keys or ["loss"]))
     ax.axhline(0, color="0.4", lw=0.8)
-    categories(ax, [
-        f"{value.replace('=0', '').replace(' ', ' and ')}\nfrozen" if value else "all\ntrained"
-        for value in frozen])
+    # an interval may be as wide as it likes; all points and predictions are in view
+    shown = as_floats([row[key] for row in rows] for key in ("exponent", "predicted"))
+    ax.set_ylim(np.nanmin(shown) - 0.7, np.nanmax(shown) + 0.7)
+    names = [value.replace("=0", "").replace(" ", " and\n") for value in frozen]
+    categories(ax, [f"{name}\nfrozen" if name else "all\ntrained" for name in names])
     return finish(fig, shared_label(summary, rows), legend="ticks: predicted\nbars: 95 % intervals")
 
 

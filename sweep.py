@@ -105,7 +105,8 @@ PRESETS = {     # name: (what it shows, flags, flags that --scale paper changes)
         dict(widths=[*PAPER_WIDTHS, 8192])),
     "binding": ("edge exponents with one role frozen in turn",
         dict(curves=[dict(lr_factor=frozen) for frozen in
-                     ("", "input=0", "hidden=0", "output=0", "hidden=0 input=0")],
+                     ("", "input=0", "hidden=0", "output=0", "hidden=0 input=0",
+                      "hidden=0 output=0")],
              stable_if="accuracy=0.6"),
         PAPER),
     "gpt_binding": ("the same for the norm gains of a GPT under Adam",

@@ -256,7 +256,7 @@ def test_measured_updates_under_ce_at_one_half_logits_jump_with_width_hidden_lay
     check(effective, *around(predicted, 0.25), predicted - 0.5, predicted + 0.5)
 
 
-def test_measured_updates_under_mse_at_one_half_the_same_jump_feeds_back_and_hidden_layers_blow_up():
+def test_measured_updates_under_mse_at_one_half_the_jump_feeds_back_and_hidden_layers_blow_up():
     measured = update_exponents("mse", 3, lr=0.1, alpha=0.5)
     first, last = ([layer[step] for layer in measured[1:HIDDEN_LAYERS]] for step in (0, 2))
     check(first, *around(0.0, 0.25), -0.5, 0.5)         # 0.01 ± 0.03, at first as under ce
@@ -415,7 +415,8 @@ def main():
     trials, only = int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "measured"
     for trial in range(trials):
         test_regimes.SHIFT = 100_003 * trial
-        pytest.main(["-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", "-k", only, __file__])
+        pytest.main(["-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", "-k", only,
+                     __file__])
     of_test = {}
     for test, *values in test_regimes.RECORDS:
         of_test.setdefault(test, []).append(values)
@@ -433,8 +434,9 @@ def main():
             beyond = [torch.maximum(low - other - bias, other + bias - high) / sd
                       for other in wrong]
             for k in range(len(mean)) if len(mean) < 3 else [margin.argmin()]:
+                nearest = torch.stack(beyond).min()
                 print(f"    {mean[k]:+.3f} ± {sd[k]:.3f} in ({low[k]:+.3f}, {high[k]:+.3f}), by "
-                      f"{margin[k]:.1f} sd; wrong exponents {torch.stack(beyond).min():.1f} sd beyond")
+                      f"{margin[k]:.1f} sd; wrong exponents {nearest:.1f} sd beyond")
 
 
 if __name__ == "__main__":

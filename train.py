@@ -19,6 +19,7 @@ if __name__ == "__main__":      # before torch loads MKL: the same bits in any s
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -54,13 +55,14 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None,
     PER_REPLICA may differ. splits: from data.load, loaded if absent.
     progress(step, replicas still training) is called at times. track = N appends to the
     list `tracked` what metrics.measurements returns after each of the first 20 steps,
-    every N-th and the last.
+    every N-th and the last; alignment, and kernels (an MLP's, at the last step), add to it.
 
     A row holds the settings, their id, results and provenance. final_train_loss and
-    train_accuracy are means over the last tenth of the steps, VALIDATION those over the
-    validation samples; chance_loss is a constant predictor's. diverged_at is the first
-    step, from zero, whose loss is not finite (steps, if only the last update blew up);
-    results are then null. InputError for bad settings, or runs that cannot share a stack.
+    train_accuracy are means over the last tenth of the steps, the results in VALIDATION are
+    over the validation samples; chance_loss is a constant predictor's. diverged_at is the
+    first step, from zero, whose loss is not finite (the number of steps if only the last
+    update blew up); results are then null. InputError for bad settings, or runs that
+    cannot share a stack.
     """
     start = time.perf_counter()
     batch, config, splits = prepare(runs, splits, device, data_dir)
@@ -75,12 +77,12 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None,
     sharpness = initial_sharpness(replicas, template, splits, config)
     steps = config["steps"]
     look_every = 5 if torch.device(device).type == "cpu" else 25
-    order_of = row_of       # of the replicas that still train
+    batch_rows = row_of     # the row in order of each replica still in the stack
 
     with torch.no_grad(), precision(config, device):
         for step in range(steps):
-            # take one optimizer step of every replica that has not diverged
-            x, y = splits.batch(order[order_of, step])
+            # take one optimizer step of every replica in the stack
+            x, y = splits.batch(order[batch_rows, step])
             means = stack.advance(replicas, x, y, model, rule, step, lr_factor(step, config),
                                   config["accumulate"],
                                   accuracy=step >= record.late and not splits.is_real_valued)
@@ -94,7 +96,7 @@ def train(runs, splits=None, device="cpu", data_dir=None, progress=None,
             # drop diverged replicas, now and then only: reading the losses waits for the device
             if done % look_every == 0 or done == steps:
                 stack.drop_(replicas, record.drop_diverged(replicas, done))
-                order_of = row_of[record.alive.to(row_of.device)]
+                batch_rows = row_of[record.alive.to(row_of.device)]
                 if progress:
                     progress(done, len(record.alive))
                 if len(record.alive) == 0:
@@ -182,7 +184,8 @@ def seeded(seed):
 
 
 def shapes_only(config, width, shape):
-    """Return the model at a width with its parameters on the meta device; do not change it."""
+    """Return the model at a width, its parameters on the meta device, from a cache: do not
+    change it."""
     names = ("model", "code", "hidden_layers", "bias", "layers", "context", "head_dim",
              "norm_affine", "qk_norm")
     with as_input_error():
@@ -193,10 +196,10 @@ def shapes_only(config, width, shape):
 def _shapes_only(items, width, shape):
     config = dict(items, seed=0)
     with torch.device("cpu" if is_custom(config) else "meta"):
-        return on_meta_device(build_network(config, width, shape))
+        return to_meta_(build_network(config, width, shape))
 
 
-def on_meta_device(model):
+def to_meta_(model):
     return models.set_parameters(model, [w.detach().to("meta") for w in model.parameters()])
 
 
@@ -208,13 +211,14 @@ def cast_(model, dtype, device="cpu"):
 def build(config, shape, device="cpu"):
     """Return (model, {parameter name: role}, shape_info) at the config's width.
 
-    The model's parameters lie on the meta device, since the stack holds the weights; its
-    buffers are on the device. shape_info is what a prediction must know of the model.
+    The model's parameters lie on the meta device, since the stack holds the weights; a
+    custom model's buffers are on the device. shape_info is what a prediction must know
+    of the model.
     InputError for what the model refuses.
     """
     width, base_width = config["width"], config["base_width"]
     model, base = (shapes_only(config, n, shape) for n in (width, base_width))
-    # twice the base width tells roles at the base width too
+    # roles need two widths, and the width may equal the base width
     roles = roles_of(config, shapes_only(config, 2 * base_width, shape), base)
     sizes = [pair for w, w0 in zip(model.parameters(), base.parameters())
              for pair in zip(w.shape, w0.shape)]
@@ -227,7 +231,9 @@ def build(config, shape, device="cpu"):
     if is_custom(config):
         with as_input_error():
             model = cast_(build_network(config, width, shape), weight_dtype(config), device)
-        on_meta_device(model)
+        to_meta_(model)
+    else:
+        model = copy.deepcopy(model)        # the cached one stays on the meta device
     return model, roles, shape_info
 
 
@@ -248,8 +254,8 @@ def make_replicas(batch, model, roles, splits, device):
 
     def initial():
         for r, run in enumerate(batch):
-            first = draws.index(draws[r])       # has the same initial weights
-            yield first if first < r else initial_weights(run, base, roles, splits)
+            twin = draws.index(draws[r])        # the first run with the same initial weights
+            yield twin if twin < r else initial_weights(run, base, roles, splits)
 
     with as_input_error():
         groups = [param.param_groups(model, base, *param_args(run), overrides=roles,
@@ -327,7 +333,7 @@ def plan(run, splits=None):
 
 
 def trains_alone(config, model):
-    """Whether a run on the CPU trains faster alone than in a stack."""
+    """Whether a stack of one bypasses vmap: for text and convolutions, which vmap slows down."""
     convolves = any(isinstance(module, torch.nn.modules.conv._ConvNd) for module in model.modules())
     return settings.is_text(config) or convolves
 
@@ -402,7 +408,7 @@ class Record:
         self.diverged_at = [None] * len(batch)
         self.losses = replicas["weights"][0].new_full(size, math.nan)   # (steps, R)
         self.accuracies = torch.zeros_like(self.losses)
-        self.late = size[0] - max(1, size[0] // 10)     # the step from which on they count
+        self.late = size[0] - max(1, size[0] // 10)     # results are means from this step on
         self.checked = 0                                # steps already searched for nan
 
     def add(self, step, means):
@@ -410,7 +416,8 @@ class Record:
             of_steps[step, self.alive] = values
 
     def drop_diverged(self, replicas, done):
-        """Record the replicas that diverged since the last look; return which to keep (alive,).
+        """Record the replicas that diverged since the last look, and return a mask (alive,)
+        of those to keep.
 
         No loss follows the last update, so after it the weights count as one more step.
         """
@@ -433,7 +440,7 @@ class Record:
 
 
 def first_samples(splits, config):
-    """Return as many (x, y) to validate as a batch has, on which modules are measured."""
+    """Return the first batch of validation samples (x, y), on which modules are measured."""
     return splits.x_val[:config["batch_size"]], splits.y_val[:config["batch_size"]]
 
 
@@ -483,7 +490,7 @@ def initial_sharpness(replicas, model, splits, config):
 
 
 def evaluate(model, replicas, record, splits, config):
-    """Return {replica: {name in VALIDATION: value}}, means over the validation samples.
+    """Return {replica: {name in VALIDATION: value}} over the validation samples.
 
     logit_rms is the RMS over outputs. Real-valued targets have no accuracy and no
     calibration error, and text has no calibration error.
@@ -494,7 +501,7 @@ def evaluate(model, replicas, record, splits, config):
     chunk = max(config["batch_size"] // config["accumulate"],
                 2048 // config["context"]) if text else 256
     loss, sums, all_logits = loss_function(config), 0, []
-    chunks = math.ceil(len(splits.x_val) / chunk)       # of equal sizes: none of a single sample
+    chunks = math.ceil(len(splits.x_val) / chunk)
     for x, y in zip(splits.x_val.tensor_split(chunks), splits.y_val.tensor_split(chunks)):
         x, y = (part.expand(count, *part.shape) for part in (x, y))
         logits = model.forward(replicas["weights"], x)          # (R, chunk, ..., C)

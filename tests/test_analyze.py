@@ -362,8 +362,8 @@ def test_rates_at_another_width_are_those_of_the_power_law():
                 lr, low, high = entry[kind][how]
                 assert lr == pytest.approx(expected)
                 assert low < lr < high and high / lr == pytest.approx(lr / low)
-        assert entry["recommended"] == min(
-            entry["max_stable"]["predicted"][1], *(entry["optimal"][how][0] for how in ("predicted", "fitted")))
+        optima = [entry["optimal"][how][0] for how in ("predicted", "fitted")]
+        assert entry["recommended"] == min(entry["max_stable"]["predicted"][1], *optima)
 
     head, *lines = analyze.rates_table(at).splitlines()[3:]
     assert len(lines) == 2 * len(at)
@@ -396,8 +396,8 @@ def test_the_final_gain_of_a_gpt_under_adam_may_lift_the_edge_by_root_n(settings
 
 
 def test_the_criterion_is_learned_on_text_and_chance_elsewhere_unless_named():
-    for settings, criterion in (({}, "chance"), (dict(model="gpt", data="stdlib"), "learned")):
-        rows = power_law_rows(**settings)
+    for run, criterion in (({}, "chance"), (dict(model="gpt", data="stdlib"), "learned")):
+        rows = power_law_rows(**run)
         assert analyze.summary_of(rows)["stable_if"] == criterion
         assert analyze.summary_of(rows, "best+1")["stable_if"] == "best+1"
 

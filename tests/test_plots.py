@@ -531,7 +531,7 @@ def test_binding_sets_the_exponents_of_frozen_roles_beside_their_predictions():
         for slope, factors in zip(slopes, ("", "input=0", "hidden=0 norm.weight=0"))]
     ax, = plots.binding(summary_of(*rows)).axes
     assert [tick.get_text().split("\n") for tick in ax.get_xticklabels()] == [
-        ["all", "trained"], ["input", "frozen"], ["hidden and norm.weight", "frozen"]]
+        ["all", "trained"], ["input", "frozen"], ["hidden and", "norm.weight", "frozen"]]
     handles, labels = ax.get_legend_handles_labels()
     assert labels == ["CE", "MSE"]
     assert [list(handle[0].get_ydata()) for handle in handles] == [[-0.5, -0.5, 0.0], [-1.0, -0.75, -1.0]]
