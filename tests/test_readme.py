@@ -74,6 +74,13 @@ def test_ci_runs_the_test_commands_of_the_readme():
     assert steps == commands - {"pytest", "pytest tests/test_cuda.py"} | {"pytest tests"}
 
 
+def test_an_installation_has_every_file_of_the_library():
+    text = (ROOT / "pyproject.toml").read_text()
+    modules = re.findall(r'"(\w+)"', re.search(r"py-modules = \[(.*?)\]", text, re.S)[1])
+    files = {path.stem for path in ROOT.glob("*.py")} - {"test_regimes"}
+    assert set(modules) == files and len(modules) == len(files)
+
+
 def test_the_idea_in_twenty_lines_finds_the_two_exponents():
     """One seed: over thirty, CE's is -0.63 ± 0.18 and MSE's -1.02 ± 0.09. test_regimes.py averages many."""
     output = io.StringIO()
